@@ -1,0 +1,355 @@
+"""The nouns of ditune: strict, frozen, with units in their names, and nothing else.
+
+Read this file first. A `Profile` says what a pipeline costs and where it repeats itself; a `Policy`
+says what to leave out; `Trial`s are policies that were tried; `Evidence` says what one was proved to
+give; a `Match` is what a lookup answers.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from ditune.db.digest import digest
+
+SCHEMA_VERSION = 1
+
+Status = Literal["measured", "predicted", "compiled", "simulated"]
+Granularity = Literal["step", "cfg", "block"]
+Action = Literal["full", "step", "cfg", "block"]
+Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Timestamp = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$")]
+
+
+class Record(BaseModel):
+    """What every noun shares: exact types, no unknown fields, no change after creation, no NaN."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+# --- where and with what ---------------------------------------------------------------------
+
+
+class Hardware(Record):
+    """The device that a figure belongs to; its key leaves nothing out that moves a latency."""
+
+    device_name: Name
+    kind: Literal["cuda", "cpu"]
+    capability: Name  # compute capability ("9.0") or instruction set ("avx512")
+    cores: Positive  # streaming multiprocessors, or CPU cores that the process may use
+    memory_bytes: Positive
+    power_limit_w: float | None = None
+    mig_profile: Name | None = None
+    driver: Name | None = None
+    cuda_runtime: Name | None = None
+
+    @cached_property
+    def key(self) -> str:
+        """The digest that policies are stored under."""
+        return digest(self)
+
+
+class Software(Record):
+    """The versions that a figure belongs to."""
+
+    torch: Name
+    triton: Name | None
+    diffusers: Name
+    transformers: Name
+    ditune: Name
+
+    @cached_property
+    def key(self) -> str:
+        """The digest of all versions."""
+        return digest(self)
+
+
+class Workload(Record):
+    """What is generated, and with which model: everything a policy depends on but hardware."""
+
+    pipeline_class: Name
+    transformer_class: Name
+    model_digest: Digest  # of the transformer's configuration
+    model_revision: Name | None  # of its weights
+    small_model_digest: Digest | None = None
+    small_model_revision: Name | None = None
+    dtype: Name
+    quantisation: Name | None = None
+    height: Positive
+    width: Positive
+    frames: Positive
+    steps: Positive
+    scheduler_class: Name
+    scheduler_shift: float | None
+    guidance: bool
+    batch: Positive
+    attention_backend: Name
+    compile_mode: Name | None = None
+
+    @cached_property
+    def key(self) -> str:
+        """The digest that policies are stored under."""
+        return digest(self)
+
+
+# --- what was measured -----------------------------------------------------------------------
+
+
+class LayerTiming(Record):
+    """How long one layer takes per call, over all calls seen."""
+
+    name: Name
+    median_ms: Annotated[float, Field(ge=0)]
+    p20_ms: Annotated[float, Field(ge=0)]
+    p80_ms: Annotated[float, Field(ge=0)]
+    n: Positive
+
+
+class StepRedundancy(Record):
+    """How much one denoising step differs from the one before, mean over prompts.
+
+    All are relative L1 changes, unitless: of the conditional output (step), of the difference
+    between the branches relative to the conditional output (cfg), and of the residual of the block
+    span (block). The first step has none; cfg is None where there is one branch.
+    """
+
+    step: Count
+    sigma: float | None
+    step_change: float | None
+    cfg_change: float | None
+    block_change: float | None
+
+
+class Clocks(Record):
+    """Device clocks while timings were taken, and why they were held back."""
+
+    sm_mhz_min: Count
+    sm_mhz_median: Count
+    sm_mhz_max: Count
+    throttle_reasons: tuple[Name, ...]
+
+
+class Profile(Record):
+    """What one pipeline costs on one machine, layer by layer, and where its steps repeat."""
+
+    hardware: Hardware
+    software: Software
+    workload: Workload
+    prompts: Positive
+    total_ms: Annotated[float, Field(gt=0)]  # median of one whole call
+    layers: tuple[LayerTiming, ...]
+    redundancy: tuple[StepRedundancy, ...]
+    disagreement: tuple[float, ...] | None  # q_k: small against large model, per step
+    peak_bytes: Count | None
+    clocks: Clocks | None
+    status: Status = "measured"
+
+
+# --- what to do about it ---------------------------------------------------------------------
+
+
+class Payload(Record):
+    """What stands in for a forward that is left out.
+
+    `hidden` adds the residual of the whole block stack to this step's embedding; `output` predicts
+    the model's output. `order` 0 reuses the last computed value, 1 extrapolates in a line through
+    the last two.
+    """
+
+    form: Literal["hidden", "output"] = "output"
+    order: Annotated[int, Field(ge=0, le=1)] = 1
+
+
+class MaskCache(Record):
+    """MixCache with an explicit action per step: no host synchronisation, fixed latency."""
+
+    kind: Literal["mask"] = "mask"
+    actions: Annotated[tuple[Action, ...], Field(min_length=1, max_length=1000)]
+    payload: Payload = Payload()
+    fn_blocks: Count = 1  # blocks at the front that a block-cached step still runs
+    bn_blocks: Count = 0  # and at the back
+
+    @model_validator(mode="after")
+    def _starts_full(self) -> Self:
+        if self.actions[0] != "full":
+            raise ValueError("the first step must be full: there is nothing to reuse yet")
+        return self
+
+
+class RuleCache(Record):
+    """MixCache with its context-aware trigger; see `accel/trigger.py` for what each number does."""
+
+    kind: Literal["rule"] = "rule"
+    warmup_frac: Fraction = 0.2
+    cooldown_steps: Annotated[int, Field(ge=0, le=10)] = 1
+    interval_init: Annotated[int, Field(ge=2, le=8)] = 2
+    interval_max: Annotated[int, Field(ge=2, le=8)] = 6
+    delta2: Annotated[float, Field(gt=0, le=10)] = 0.1
+    delta1_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    repeat_penalty: Annotated[float, Field(ge=1, le=100)] = 5.0
+    impact_step: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    impact_cfg: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    impact_block: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    allowed: Annotated[tuple[Granularity, ...], Field(min_length=1)] = ("step", "cfg", "block")
+    payload: Payload = Payload()
+    fn_blocks: Count = 1
+    bn_blocks: Count = 0
+
+
+CachePolicy = Annotated[MaskCache | RuleCache, Field(discriminator="kind")]
+
+
+class Handoff(Record):
+    """SRDiffusion with a fixed switch: the large model down to `sigma`, the small one below it."""
+
+    mode: Literal["static"] = "static"
+    sigma: Annotated[float, Field(gt=0, le=1000)]
+
+
+class Policy(Record):
+    """What to leave out of a pipeline's work; empty means the plain pipeline."""
+
+    cache: CachePolicy | None = None
+    handoff: Handoff | None = None
+
+    @cached_property
+    def id(self) -> str:
+        """The content address of the policy."""
+        return digest(self)
+
+
+# --- what it is worth ------------------------------------------------------------------------
+
+
+class Constraint(Record):
+    """A floor on a quality metric: on the mean over prompts, or on the worst prompt."""
+
+    metric: Name
+    statistic: Literal["mean", "worst"]
+    floor: float
+
+    @property
+    def name(self) -> str:
+        """How the constraint is written and reported, "psnr" or "psnr_worst"."""
+        return self.metric if self.statistic == "mean" else f"{self.metric}_worst"
+
+
+class Interval(Record):
+    """A median with its 95 % interval over `n` paired measurements."""
+
+    median: float
+    ci95: tuple[float, float]
+    n: Positive
+
+
+class Quality(Record):
+    """One metric over prompts; `floor` is what the constraint of that name asks for."""
+
+    floor: float | None
+    mean: float
+    worst: float
+    n: Positive
+
+
+class Evidence(Record):
+    """What a policy was proved to give, where, and how; a number never loses its status."""
+
+    speedup: Interval
+    baseline_ms: Annotated[float, Field(gt=0)]
+    tuned_ms: Annotated[float, Field(gt=0)]
+    quality: dict[str, Quality]
+    bound_by: Name  # the constraint with the least room left
+    candidates: Positive  # how many were measured in confirmation before this one held
+    prompts_digest: Digest
+    study: Name
+    git_commit: Name | None
+    created_at: Timestamp
+    status: Status
+
+
+class PolicyFile(Record):
+    """A policy with all that is needed to judge and apply it elsewhere: the file format."""
+
+    schema_version: Literal[1] = 1
+    policy_id: Digest
+    hardware: Hardware
+    software: Software
+    workload: Workload
+    policy: Policy
+    evidence: Evidence
+
+
+class Match(Record):
+    """What a lookup found: a policy, or the baseline, and the reason in one sentence."""
+
+    kind: Literal["exact", "compatible", "baseline"]
+    reason: str
+    policy_id: Digest | None = None
+    policy: Policy | None = None
+    evidence: Evidence | None = None
+
+
+# --- how it was found ------------------------------------------------------------------------
+
+
+class Settings(Record):
+    """Everything that makes two searches the same search."""
+
+    hardware: Hardware
+    software: Software
+    workload: Workload
+    constraints: tuple[Constraint, ...]
+    prompts_digest: Digest
+    seed: int
+    space: Digest  # of the search space's description
+
+    @cached_property
+    def study(self) -> str:
+        """The study's name: a digest of all settings, shortened."""
+        return "study-" + digest(self).removeprefix("sha256:")[:16]
+
+
+class Study(Record):
+    """A search and its settings."""
+
+    name: Name
+    settings: Settings
+    created_at: Timestamp
+
+
+class Trial(Record):
+    """One policy that was tried: what it cost, what it gave, and why it was rejected."""
+
+    uuid: Name
+    study: Name
+    number: Count
+    source: Literal["baseline", "default", "prior", "search", "confirmation"]
+    policy: Policy
+    state: Literal["complete", "rejected", "failed"]
+    speedup: Annotated[float, Field(gt=0)] | None  # median of interleaved pairs
+    work_ratio: Annotated[float, Field(gt=0)] | None  # full compute / what ran, in block calls
+    quality: dict[str, Quality]
+    violation: dict[str, float]  # per constraint; <= 0 holds it
+    reason: str | None
+    duration_s: Annotated[float, Field(ge=0)]
+    created_at: Timestamp
+
+    @property
+    def feasible(self) -> bool:
+        """Whether the trial ran to its end and holds every constraint."""
+        held = all(value <= 0 for value in self.violation.values())
+        return self.state == "complete" and bool(self.violation) and held
+
+
+class Artifact(Record):
+    """A file kept beside the database under its content address."""
+
+    sha256: Digest
+    media_type: Name
+    byte_count: Count

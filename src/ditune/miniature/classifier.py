@@ -1,0 +1,60 @@
+"""The judge: a small network that says which digit, colour and motion a clip shows.
+
+It is the reference-free quality metric of the miniature. It was trained on rendered clips only and
+never saw a generated one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ditune.miniature.language import COLOUR_NAMES, DIGITS, MOTIONS, parse
+
+ATTRIBUTES = ("digit", "colour", "motion")
+_VIEWS = (0, 3, 6, 9, 12)  # the frames it looks at
+_FEATURES = 128
+
+
+class Judge(nn.Module):
+    """Classify clips [batch, 3, 13, 32, 32] in [-1, 1]; returns logits for digit, colour, motion."""
+
+    def __init__(self) -> None:
+        """Build the untrained network."""
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inner, outer in ((3, 32), (32, 64), (64, 96)):
+            layers += [nn.Conv2d(inner, outer, 3, padding=1), nn.BatchNorm2d(outer), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)]
+        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(96 * 16, _FEATURES), nn.ReLU())
+        self.digit = nn.Linear(_FEATURES, len(DIGITS))
+        self.colour = nn.Linear(_FEATURES, len(COLOUR_NAMES))
+        self.motion = nn.Sequential(
+            nn.Linear(len(_VIEWS) * _FEATURES, 64), nn.ReLU(), nn.Linear(64, len(MOTIONS))
+        )
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the three logits, [batch, 10], [batch, 8] and [batch, 6]."""
+        views = frames[:, :, list(_VIEWS)].transpose(1, 2).flatten(0, 1)
+        features = self.trunk(views).unflatten(0, (-1, len(_VIEWS)))
+        mean = features.mean(1)
+        return self.digit(mean), self.colour(mean), self.motion(features.flatten(1))
+
+
+def hits(model: Judge, frames: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+    """Return [clips, 3] booleans: whether digit, colour and motion are those of the caption.
+
+    Args:
+        model: The trained judge.
+        frames: One array [13, 32, 32, 3] in [0, 1] per clip, as `WanPipeline` gives them.
+        captions: The caption of each clip.
+    """
+    wanted = [parse(caption) for caption in captions]
+    clips = torch.from_numpy(np.stack([np.asarray(clip, dtype=np.float32) for clip in frames]))
+    with torch.no_grad():
+        logits = model(clips.movedim(-1, 1) * 2.0 - 1.0)
+    seen = torch.stack([logit.argmax(-1) for logit in logits], dim=1).numpy()
+    return seen == np.array([[s.digit, s.colour, s.motion] for s in wanted])

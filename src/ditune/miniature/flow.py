@@ -1,0 +1,160 @@
+"""The training recipe of the denoisers: flow matching with caption dropout, Muon and AdamW.
+
+The large model is trained shallow first and then grown: every block is followed by new ones that
+begin as the identity. A step of the shallow model costs a fraction of a step of the deep one.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from ditune.miniature import architecture
+from ditune.miniature.architecture import Size
+from ditune.miniature.clips import render
+from ditune.miniature.codec import PatchPca
+from ditune.miniature.language import COLOUR_NAMES, MOTIONS
+
+CAPTION_DROPOUT = 0.12
+EMA_DECAY = 0.999
+MUON_RATE = 0.02
+ADAMW_RATE = 2e-3
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train: learning rates fall in a line from `start` to `end`."""
+
+    steps: int
+    batch: int
+    start: float = 1.0
+    end: float = 0.0
+    warmup_steps: int = 50
+
+    def rate(self, step: int) -> float:
+        """Return the factor on both learning rates at a step."""
+        line = self.start + (self.end - self.start) * step / self.steps
+        return line * min(1.0, (step + 1) / self.warmup_steps)
+
+
+def grow(model: WanTransformer3DModel, size: Size, num_layers: int) -> WanTransformer3DModel:
+    """Return a deeper model that computes what `model` computes: new blocks start as the identity.
+
+    Raises:
+        ValueError: `num_layers` is not a multiple of the model's depth.
+    """
+    depth = len(model.blocks)
+    if num_layers % depth:
+        raise ValueError(f"cannot grow {depth} blocks to {num_layers}: not a multiple")
+    grown = architecture.transformer(size, num_layers)
+    rest = {k: v for k, v in model.state_dict().items() if not k.startswith("blocks.")}
+    grown.load_state_dict(rest, strict=False)
+    each = num_layers // depth
+    for index, block in enumerate(grown.blocks):
+        if index % each == 0:
+            block.load_state_dict(model.blocks[index // each].state_dict())
+            continue
+        for name, parameter in block.named_parameters():
+            if "to_out.0" in name or "ffn.net.2" in name:
+                nn.init.zeros_(parameter)
+    return grown
+
+
+class FlowTrainer:
+    """Train one denoiser; its whole state can be saved and resumed at any step."""
+
+    def __init__(
+        self, model: WanTransformer3DModel, pca: PatchPca, text: Tensor, schedule: Schedule, seed: int
+    ) -> None:
+        """Prepare optimisers and the exponential moving average.
+
+        Args:
+            model: The denoiser, trained in place.
+            pca: The codec's encoder.
+            text: Prompt embeddings [481, tokens, width], the empty prompt last.
+            schedule: Steps, batch size and learning rates.
+            seed: Of data, noise and dropout.
+        """
+        self.model = model.train()
+        self.ema = copy.deepcopy(model).eval().requires_grad_(False)
+        self.pca = pca
+        self.text = text
+        self.schedule = schedule
+        self.generator = torch.Generator().manual_seed(seed)
+        self.step = 0
+        matrices, rest = [], []
+        for name, parameter in model.named_parameters():
+            inner = name.startswith("blocks.") and parameter.ndim == 2
+            (matrices if inner else rest).append(parameter)
+        self.muon = torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.01, ns_steps=4)
+        self.adamw = torch.optim.AdamW(rest, lr=ADAMW_RATE, weight_decay=0.0, betas=(0.9, 0.98))
+
+    def advance(self) -> float:
+        """Take one step and return its loss."""
+        factor = self.schedule.rate(self.step)
+        for group in self.muon.param_groups:
+            group["lr"] = MUON_RATE * factor
+        for group in self.adamw.param_groups:
+            group["lr"] = ADAMW_RATE * factor
+        loss = self._loss()
+        self.model.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.muon.step()
+        self.adamw.step()
+        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for average, parameter in zip(
+                self.ema.parameters(), self.model.parameters(), strict=True
+            ):
+                average.lerp_(parameter, 1.0 - decay)
+        self.step += 1
+        return float(loss.detach())
+
+    def _loss(self) -> Tensor:
+        """Return the velocity error on fresh clips; noise levels lean to the noisy half."""
+        count, generator = self.schedule.batch, self.generator
+        clips = render(count, generator)
+        clean = self.pca.encode(clips.frames)
+        subject = (clips.digit * len(COLOUR_NAMES) + clips.colour) * len(MOTIONS) + clips.motion
+        dropped = torch.rand(count, generator=generator) < CAPTION_DROPOUT
+        subject = torch.where(dropped, len(self.text) - 1, subject)
+        sigma = torch.sigmoid(torch.randn(count, generator=generator) * 1.1 + 0.6)
+        uniform = torch.rand(count, 2, generator=generator)
+        sigma = torch.where(uniform[:, 0] < 0.1, uniform[:, 1], sigma)
+        noise = torch.randn(clean.shape, generator=generator)
+        level = sigma.view(-1, 1, 1, 1, 1)
+        noisy = torch.lerp(clean, noise, level)
+        velocity = self.model(noisy, sigma * 1000.0, self.text[subject], return_dict=False)[0]
+        return (velocity - (noise - clean)).square().mean()
+
+    def save(self, path: Path) -> None:
+        """Write the whole training state, atomically."""
+        state: dict[str, Any] = {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "muon": self.muon.state_dict(),
+            "adamw": self.adamw.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+        fresh = path.with_suffix(".new")
+        torch.save(state, fresh)
+        os.replace(fresh, path)
+
+    def resume(self, path: Path) -> None:
+        """Read a state written by `save`."""
+        state = torch.load(path, weights_only=True)
+        self.step = int(state["step"])
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.muon.load_state_dict(state["muon"])
+        self.adamw.load_state_dict(state["adamw"])
+        self.generator.set_state(state["generator"])

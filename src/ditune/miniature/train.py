@@ -1,0 +1,186 @@
+"""Train the miniature from nothing: `python -m ditune.miniature.train --run DIR`.
+
+Stages run in order and are skipped when their result is in the run folder; a killed stage goes on
+from its last checkpoint. `export` writes the folder that the package ships. Whole run: about four
+hours on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import UMT5EncoderModel
+
+from ditune.miniature import architecture, codec, flow, recipe
+from ditune.miniature.architecture import Size
+from ditune.miniature.flow import FlowTrainer, Schedule
+from ditune.miniature.system import WEIGHTS
+
+SHALLOW_LAYERS = 10
+CHECKPOINT_EVERY = 100  # steps
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of the run; the shipped weights were made with the defaults."""
+
+    seed: int = 0
+    text_steps: int = 300
+    judge_steps: int = 1500
+    decoder_steps: int = 2000
+    shallow: Schedule = Schedule(steps=2800, batch=64, end=0.35)
+    large: Schedule = Schedule(steps=600, batch=64, start=0.4)
+    small: Schedule = Schedule(steps=5000, batch=64)
+
+
+class Run:
+    """A run folder: results by stage, checkpoints, and a log with one JSON object per line."""
+
+    def __init__(self, folder: Path, recipe_: Recipe) -> None:
+        """Open or create the folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.recipe = recipe_
+        (folder / "recipe.json").write_text(json.dumps(asdict(recipe_), indent=2) + "\n")
+
+    def log(self, stage: str, step: int, loss: float) -> None:
+        """Append one line to the log."""
+        line = {"time": round(time.time(), 1), "stage": stage, "step": step, "loss": round(loss, 5)}
+        with (self.folder / "log.jsonl").open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def done(self, name: str) -> bool:
+        """Whether a stage has left its result."""
+        return (self.folder / name).exists()
+
+    def text(self) -> UMT5EncoderModel:
+        """Return the trained text encoder."""
+        return UMT5EncoderModel.from_pretrained(self.folder / "text_encoder").eval()
+
+    def pca(self) -> codec.PatchPca:
+        """Return the fitted patch PCA."""
+        return codec.PatchPca(**load_file(self.folder / "pca.safetensors"))
+
+
+def text_stage(run: Run) -> None:
+    """Train the text encoder."""
+    encoder = recipe.train_text_encoder(run.recipe.seed, run.recipe.text_steps)
+    encoder.save_pretrained(run.folder / "text_encoder")
+
+
+def judge_stage(run: Run) -> None:
+    """Train the judge."""
+    for step, model, loss in recipe.train_judge(run.recipe.seed + 1, run.recipe.judge_steps):
+        if step % 50 == 0:
+            run.log("judge", step, loss)
+    save_file(model.eval().state_dict(), run.folder / "judge.safetensors")
+
+
+def pca_stage(run: Run) -> None:
+    """Fit the patch PCA."""
+    pca = recipe.fit_pca(run.recipe.seed + 2)
+    tensors = {name: value.contiguous() for name, value in vars(pca).items()}
+    save_file(tensors, run.folder / "pca.safetensors")
+
+
+def vae_stage(run: Run) -> None:
+    """Write the PCA into a VAE and train its decoder."""
+    pca = run.pca()
+    vae = codec.build(pca)
+    for step, loss in recipe.train_decoder(vae, pca, run.recipe.seed + 3, run.recipe.decoder_steps):
+        if step % 50 == 0:
+            run.log("vae", step, loss)
+    vae.save_pretrained(run.folder / "vae")
+
+
+def shallow_stage(run: Run) -> None:
+    """Train the large model's shallow form."""
+    torch.manual_seed(run.recipe.seed + 4)
+    model = architecture.transformer("large", SHALLOW_LAYERS)
+    _train_denoiser(run, "shallow", model, run.recipe.shallow)
+
+
+def large_stage(run: Run) -> None:
+    """Grow the shallow model to its full depth and train on."""
+    torch.manual_seed(run.recipe.seed + 5)
+    shallow = WanTransformer3DModel.from_pretrained(run.folder / "shallow")
+    layers = architecture.TRANSFORMERS["large"]["num_layers"]
+    _train_denoiser(run, "large", flow.grow(shallow, "large", layers), run.recipe.large)
+
+
+def small_stage(run: Run) -> None:
+    """Train the small model."""
+    torch.manual_seed(run.recipe.seed + 6)
+    _train_denoiser(run, "small", architecture.transformer("small"), run.recipe.small)
+
+
+def _train_denoiser(
+    run: Run, stage: str, model: WanTransformer3DModel, schedule: Schedule
+) -> None:
+    """Train with checkpoints; leaves the moving average as a diffusers folder."""
+    torch.nn.init.zeros_(model.proj_out.weight) if stage != "large" else None
+    trainer = FlowTrainer(model, run.pca(), recipe.text_table(run.text()), schedule, run.recipe.seed)
+    checkpoint = run.folder / f"{stage}.checkpoint.pt"
+    if checkpoint.exists():
+        trainer.resume(checkpoint)
+    while trainer.step < schedule.steps:
+        loss = trainer.advance()
+        if trainer.step % 10 == 0:
+            run.log(stage, trainer.step, loss)
+        if trainer.step % CHECKPOINT_EVERY == 0:
+            trainer.save(checkpoint)
+    trainer.ema.save_pretrained(run.folder / stage)
+
+
+def export_stage(run: Run, target: Path = WEIGHTS) -> None:
+    """Write the shipped folder: every part in half precision, in safetensors and JSON."""
+    sizes: dict[Size, str] = {"large": "transformer", "small": "transformer_small"}
+    for size, name in sizes.items():
+        WanTransformer3DModel.from_pretrained(run.folder / size).half().save_pretrained(target / name)
+    AutoencoderKLWan.from_pretrained(run.folder / "vae").save_pretrained(target / "vae")
+    run.text().save_pretrained(target / "text_encoder")
+    architecture.tokenizer().save_pretrained(target / "tokenizer")
+    architecture.scheduler().save_pretrained(target / "scheduler")
+    judge: dict[str, Tensor] = load_file(run.folder / "judge.safetensors")
+    (target / "judge").mkdir(parents=True, exist_ok=True)
+    save_file(judge, target / "judge" / "judge.safetensors")
+
+
+STAGES: dict[str, tuple[Callable[[Run], None], str]] = {  # name -> what runs, what it leaves
+    "text": (text_stage, "text_encoder"),
+    "pca": (pca_stage, "pca.safetensors"),
+    "judge": (judge_stage, "judge.safetensors"),
+    "vae": (vae_stage, "vae"),
+    "shallow": (shallow_stage, "shallow"),
+    "large": (large_stage, "large"),
+    "small": (small_stage, "small"),
+    "export": (export_stage, "exported"),
+}
+
+
+def main() -> None:
+    """Run the stages that are asked for and not done."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints and log")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    run = Run(arguments.run, Recipe())
+    for name in arguments.stages:
+        stage, leaves = STAGES[name]
+        if not run.done(leaves):
+            stage(run)
+
+
+if __name__ == "__main__":
+    main()
