@@ -316,11 +316,12 @@ class Settings(Record):
 
 
 class Study(Record):
-    """A search and its settings."""
+    """A search, its settings, and the command-line arguments that resume it."""
 
     name: Name
     settings: Settings
     created_at: Timestamp
+    arguments: dict[str, str] = {}
 
 
 class Trial(Record):

@@ -7,9 +7,12 @@ never saw a generated one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ditune.miniature.language import COLOUR_NAMES, DIGITS, MOTIONS, parse
@@ -17,6 +20,7 @@ from ditune.miniature.language import COLOUR_NAMES, DIGITS, MOTIONS, parse
 ATTRIBUTES = ("digit", "colour", "motion")
 _VIEWS = (0, 3, 6, 9, 12)  # the frames it looks at
 _FEATURES = 128
+_WEIGHTS = Path(__file__).parent / "weights" / "judge" / "judge.safetensors"
 
 
 class Judge(nn.Module):
@@ -58,3 +62,36 @@ def hits(model: Judge, frames: Sequence[np.ndarray], captions: Sequence[str]) ->
         logits = model(clips.movedim(-1, 1) * 2.0 - 1.0)
     seen = torch.stack([logit.argmax(-1) for logit in logits], dim=1).numpy()
     return seen == np.array([[s.digit, s.colour, s.motion] for s in wanted])
+
+
+@cache
+def _trained() -> Judge:
+    """Load the shipped judge once."""
+    model = Judge()
+    model.load_state_dict(load_file(_WEIGHTS))
+    return model.eval().requires_grad_(False)
+
+
+def judge(frames: Sequence[np.ndarray], captions: Sequence[str]) -> dict[str, float]:
+    """Return how often generated clips show what their captions name.
+
+    Args:
+        frames: One array [13, 32, 32, 3] in [0, 1] per clip (`output_type="np"`).
+        captions: The caption of each clip.
+
+    Returns:
+        The accuracies in [0, 1] under "digit", "colour" and "motion".
+    """
+    right = hits(_trained(), frames, captions).mean(axis=0)
+    return {name: float(value) for name, value in zip(ATTRIBUTES, right, strict=True)}
+
+
+class JudgeMetric:
+    """The judge as a quality metric: the share of a caption's three attributes that a clip shows."""
+
+    name = "judge"
+    needs_reference = False
+
+    def score(self, video: np.ndarray, reference: np.ndarray | None, prompt: str) -> float:
+        """Return the share of digit, colour and motion that is right, in [0, 1]."""
+        return float(hits(_trained(), [video], [prompt]).mean())

@@ -19,6 +19,7 @@ from ditune.miniature import architecture
 from ditune.miniature.architecture import PATCH, Z_DIM
 
 _ANCHOR = 1000.0  # the constant channel; large against every other, so that norms become fixed
+_ANCHOR_CHANNEL = 2 * Z_DIM
 _WHITENING = 0.5  # 1 would give every component unit variance, 0 would keep the spectrum
 
 
@@ -98,10 +99,24 @@ def _set_centre(conv: nn.Conv3d, weight: Tensor, bias: Tensor) -> None:
 
 
 def _make_transparent(half: nn.Module) -> None:
-    """Turn norms into the identity next to the anchor, and residual branches into zero."""
+    """Turn norms into the identity next to the anchor, and residual branches into zero.
+
+    What reads the residual stream must not read the anchor, neither now nor after training: it
+    would drown everything else.
+    """
     for name, module in half.named_modules():
-        if hasattr(module, "gamma"):
+        if hasattr(module, "gamma") and not name.endswith("norm2"):
             module.gamma.fill_(_ANCHOR / module.scale)
         if name.endswith((".conv2", ".proj")):
             module.weight.zero_()
             module.bias.zero_()
+        if name.endswith((".conv1", ".to_qkv", "conv_out")):
+            module.weight[:, _ANCHOR_CHANNEL] = 0.0
+            module.weight.register_hook(_without_anchor)
+
+
+def _without_anchor(gradient: Tensor) -> Tensor:
+    """Keep weights on the anchor channel at zero."""
+    gradient = gradient.clone()
+    gradient[:, _ANCHOR_CHANNEL] = 0.0
+    return gradient

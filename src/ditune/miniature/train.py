@@ -36,7 +36,7 @@ class Recipe:
     seed: int = 0
     text_steps: int = 300
     judge_steps: int = 1500
-    decoder_steps: int = 2000
+    decoder_steps: int = 3000
     shallow: Schedule = Schedule(steps=2800, batch=64, end=0.35)
     large: Schedule = Schedule(steps=600, batch=64, start=0.4)
     small: Schedule = Schedule(steps=5000, batch=64)

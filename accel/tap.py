@@ -1,0 +1,82 @@
+"""Watch every forward of a denoiser without changing it: what the profiler's redundancy rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ditune.accel.anatomy import BlockStack, SpanRunner, denoisers
+from ditune.accel.internals import ForwardHook, attach, detach, sample_of
+
+TAP_NAME = "ditune_tap"
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One forward: where it was, what went in and out, and the residual of its middle blocks.
+
+    `sibling` is what the small model says to the same input, None without one.
+    """
+
+    step: int | None
+    steps: int | None
+    sigma: float | None
+    branch: str
+    latents: Tensor
+    output: Tensor
+    span: Tensor | None
+    sibling: Tensor | None
+
+
+class _Tap(ForwardHook):
+    def __init__(
+        self, stack: BlockStack, small: nn.Module | None, watch: Callable[[Observation], None]
+    ) -> None:
+        super().__init__()
+        self._stack = stack
+        self._small = small
+        self._watch = watch
+
+    def around(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        runner = SpanRunner(self._stack.blocks, fn=1, bn=0)
+        with self._stack.replaced(runner):
+            output = self.original(*args, **kwargs)
+        context = self.context()
+        self._watch(
+            Observation(
+                step=context.step if context else None,
+                steps=context.steps if context else None,
+                sigma=context.sigma if context else None,
+                branch=context.branch if context else "",
+                latents=args[0] if args else kwargs["hidden_states"],
+                output=sample_of(output),
+                span=runner.span,
+                sibling=sample_of(self._small(*args, **kwargs)) if self._small else None,
+            )
+        )
+        return output
+
+
+@contextmanager
+def tapped(
+    pipe: Any, watch: Callable[[Observation], None], small: nn.Module | None = None
+) -> Iterator[None]:
+    """Call `watch` after every forward of the pipeline's denoisers; outputs stay bit-identical.
+
+    Args:
+        pipe: A pipeline without ditune on.
+        watch: Receives every forward in order.
+        small: If given, it is run on the same inputs and its output handed over as `sibling`.
+    """
+    models = denoisers(pipe)
+    for model in models:
+        attach(model, _Tap(BlockStack(model), small, watch), TAP_NAME)
+    try:
+        yield
+    finally:
+        for model in models:
+            detach(model, TAP_NAME)

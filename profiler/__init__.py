@@ -1,0 +1,1 @@
+"""Measures a pipeline: interleaved timing and its statistics, layer latency, redundancy."""

@@ -1,0 +1,84 @@
+"""Record a profile: what a pipeline costs, layer by layer, and where its steps repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ditune.accel import fingerprint
+from ditune.accel.anatomy import denoisers
+from ditune.accel.tap import tapped
+from ditune.db.errors import UsageFault
+from ditune.db.records import Profile
+from ditune.profiler.redundancy import Redundancy
+from ditune.profiler.statistics import quantiles
+from ditune.profiler.timing import LayerClock, layers_of, timed
+
+
+def profile(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    call: Mapping[str, Any] | None = None,
+    small: nn.Module | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Profile:
+    """Run a pipeline on some prompts and return its profile.
+
+    Three passes, so that no instrument disturbs another: whole calls are timed bare, layers with
+    clocks on them (first prompt only), and redundancy with every forward watched.
+
+    Args:
+        pipe: A diffusers pipeline without ditune on.
+        prompts: One or more prompts; redundancy is averaged over them.
+        call: The arguments of the pipeline besides the prompt.
+        small: The small model of the family: adds the hand-off disagreement.
+        seed: Of the first prompt's noise; each further prompt takes the next.
+        progress: Called with a few words before each call of the pipeline.
+
+    Raises:
+        UsageFault: There are no prompts.
+    """
+    if not prompts:
+        raise UsageFault("profiling needs at least one prompt and got none: add one to the file")
+    arguments = dict(call or {})
+    device = next(denoisers(pipe)[0].parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def run(index: int) -> Any:
+        generator = torch.Generator().manual_seed(seed + index)
+        return pipe(prompt=prompts[index], generator=generator, **arguments)
+
+    progress("warming up")
+    run(0)
+    lasted = []
+    for index in range(len(prompts)):
+        progress(f"timing prompt {index + 1} of {len(prompts)}")
+        lasted.append(timed(lambda i=index: run(i), device)[1])  # type: ignore[misc]
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    progress("timing layers")
+    with LayerClock(device).attached(layers_of(pipe)) as clock:
+        run(0)
+    redundancy = Redundancy(float(arguments.get("guidance_scale", 1.0)))
+    with tapped(pipe, redundancy.watch, small):
+        for index in range(len(prompts)):
+            progress(f"watching prompt {index + 1} of {len(prompts)}")
+            run(index)
+    request = fingerprint.declared(pipe, {"prompt": prompts[0], **arguments})
+    return Profile(
+        hardware=fingerprint.hardware(device),
+        software=fingerprint.software(),
+        workload=fingerprint.workload(pipe, request, small),
+        prompts=len(prompts),
+        total_ms=quantiles(lasted)[1],
+        layers=clock.timings(),
+        redundancy=redundancy.steps(),
+        disagreement=redundancy.disagreement(),
+        peak_bytes=peak,
+        clocks=None,
+    )

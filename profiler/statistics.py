@@ -1,0 +1,82 @@
+"""The statistics of noisy measurements: paired ratios with bootstrap intervals, one-sided bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+from ditune.db.errors import UsageFault
+from ditune.db.records import Interval
+
+CONFIDENCE = 0.95
+_RESAMPLES = 2000
+
+
+def paired_speedup(baseline_ms: Sequence[float], tuned_ms: Sequence[float]) -> Interval:
+    """Return the median ratio baseline / tuned of interleaved pairs, with its 95 % interval.
+
+    The interval is a percentile bootstrap of the median of log ratios; pairing cancels the drift of
+    a shared machine, which comparing two blocks of runs does not.
+
+    Args:
+        baseline_ms: Latencies of the plain pipeline, one per pair.
+        tuned_ms: Latencies of the tuned one, in the same order.
+
+    Raises:
+        UsageFault: The lists are empty or differ in length.
+    """
+    if len(baseline_ms) != len(tuned_ms) or not baseline_ms:
+        raise UsageFault(
+            f"a paired speedup needs pairs: got {len(baseline_ms)} and {len(tuned_ms)} latencies"
+        )
+    ratios = np.log(np.asarray(baseline_ms) / np.asarray(tuned_ms))
+    median = float(np.exp(np.median(ratios)))
+    if len(ratios) < 3 or np.ptp(ratios) == 0:
+        low, high = float(np.exp(ratios.min())), float(np.exp(ratios.max()))
+    else:
+        found = stats.bootstrap(
+            (ratios,),
+            np.median,
+            n_resamples=_RESAMPLES,
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+        low, high = float(np.exp(found.low)), float(np.exp(found.high))
+    return Interval(median=median, ci95=(low, high), n=len(ratios))
+
+
+def mean_lower_bound(values: Sequence[float]) -> float:
+    """Return the one-sided 95 % lower bound of the mean (Student t); the value itself for one."""
+    sample = np.asarray(values, dtype=float)
+    if len(sample) < 2:
+        return float(sample.mean())
+    error = sample.std(ddof=1) / np.sqrt(len(sample))
+    return float(sample.mean() - stats.t.ppf(CONFIDENCE, len(sample) - 1) * error)
+
+
+def worst_lower_bound(values: Sequence[float], unseen: int) -> float:
+    """Return what the worst of `unseen` further values will probably exceed.
+
+    A normal prediction limit: with 90 % probability all `unseen` values lie above it (Bonferroni
+    over them), given that values scatter as the sample does. Never above the worst value seen.
+
+    Args:
+        values: The sample, two or more values.
+        unseen: How many further values the promise is for.
+    """
+    sample = np.asarray(values, dtype=float)
+    if len(sample) < 2:
+        return float(sample.min())
+    n = len(sample)
+    spread = sample.std(ddof=1) * np.sqrt(1.0 + 1.0 / n)
+    quantile = stats.t.ppf(1.0 - 0.10 / unseen, n - 1)
+    return float(min(sample.min(), sample.mean() - quantile * spread))
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the 20th, 50th and 80th percentile."""
+    p20, p50, p80 = np.percentile(np.asarray(values, dtype=float), [20, 50, 80])
+    return float(p20), float(p50), float(p80)

@@ -1,0 +1,110 @@
+"""Time pipelines: whole calls in interleaved pairs, and layers one by one."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ditune.accel.anatomy import BlockStack, denoisers
+from ditune.db.records import LayerTiming
+from ditune.profiler.statistics import quantiles
+
+T = TypeVar("T")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """Return what `work` returns and how long it took in milliseconds of wall-clock."""
+    synchronize(device)
+    started = time.perf_counter()
+    result = work()
+    synchronize(device)
+    return result, (time.perf_counter() - started) * 1e3
+
+
+class LayerClock:
+    """Collects the duration of every call of chosen modules while it is attached.
+
+    On CUDA it records events and reads them once at the end, so nothing waits in between.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Create a clock for modules on one device."""
+        self._cuda = device.type == "cuda"
+        self._spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+        self._started: dict[str, Any] = {}
+
+    @contextmanager
+    def attached(self, modules: dict[str, nn.Module]) -> Iterator[LayerClock]:
+        """Time the named modules for the duration of the block."""
+        handles = []
+        for name, module in modules.items():
+            handles.append(module.register_forward_pre_hook(self._enter(name)))
+            handles.append(module.register_forward_hook(self._leave(name)))
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def timings(self) -> tuple[LayerTiming, ...]:
+        """Return the layers in the order in which they first ran."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        found = []
+        for name, spans in self._spans.items():
+            lasted = [self._milliseconds(start, end) for start, end in spans]
+            p20, p50, p80 = quantiles(lasted)
+            found.append(
+                LayerTiming(name=name, median_ms=p50, p20_ms=p20, p80_ms=p80, n=len(lasted))
+            )
+        return tuple(found)
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _milliseconds(self, start: Any, end: Any) -> float:
+        lasted = start.elapsed_time(end) if self._cuda else (end - start) * 1e3
+        return float(lasted)
+
+    def _enter(self, name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            self._started[name] = self._now()
+
+        return hook
+
+    def _leave(self, name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            self._spans[name].append((self._started.pop(name), self._now()))
+
+        return hook
+
+
+def layers_of(pipe: Any) -> dict[str, nn.Module]:
+    """Return the modules worth timing: text encoder, every block, whole transformers, VAE decoder."""
+    modules: dict[str, nn.Module] = {}
+    if isinstance(encoder := getattr(pipe, "text_encoder", None), nn.Module):
+        modules["text_encoder"] = encoder
+    for model, name in zip(denoisers(pipe), ("transformer", "transformer_2"), strict=False):
+        stack = BlockStack(model)
+        modules |= {f"{name}.{stack.name}.{i}": block for i, block in enumerate(stack.blocks)}
+        modules[name] = model
+    decoder = getattr(getattr(pipe, "vae", None), "decoder", None)
+    if isinstance(decoder, nn.Module):
+        modules["vae.decoder"] = decoder
+    return modules

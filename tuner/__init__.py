@@ -1,0 +1,1 @@
+"""Searches policies under a quality constraint, proves the winner on unseen prompts, saves it."""

@@ -1,0 +1,126 @@
+"""Prove a candidate on prompts and seeds that the search never saw.
+
+The fastest candidate whose bounds hold every floor ships; the next one is tried otherwise. What the
+search measured plays no part in the evidence.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ditune.db.records import Constraint, Evidence, Policy, Quality, Trial
+from ditune.profiler.statistics import mean_lower_bound, paired_speedup, worst_lower_bound
+from ditune.tuner.evaluate import Case, Evaluator, Outcome
+from ditune.tuner.quality import bound_by, summarise
+from ditune.tuner.search import now
+
+UNSEEN = 20  # the worst of so many further prompts should hold its floor too
+_FIRST_LOOK = 4  # prompts after which a candidate is given up if it already misses a floor
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """What confirmation found: the winner with its evidence, or nothing."""
+
+    policy: Policy | None
+    evidence: Evidence | None
+    looked_at: int
+    reasons: tuple[str, ...]  # why each earlier candidate was passed over
+
+
+def confirm(
+    evaluator: Evaluator,
+    candidates: Sequence[Trial],
+    cases: Sequence[Case],
+    *,
+    prompts_digest: str,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> Confirmation:
+    """Re-measure candidates, the fastest first, and return the first that holds every floor.
+
+    Args:
+        evaluator: Of the same source and constraints as the search.
+        candidates: Feasible trials, the fastest first.
+        cases: Prompts and seeds that the search never saw; every one is an interleaved pair.
+        prompts_digest: Goes into the evidence.
+        progress: Called after every case with the cases done and the most there can be.
+    """
+    reasons: list[str] = []
+    for looked_at, trial in enumerate(candidates, start=1):
+        outcomes: list[Outcome] = []
+        reason = ""
+        for outcome in evaluator.run(trial.policy, cases, pairs=len(cases)):
+            outcomes.append(outcome)
+            progress((looked_at - 1) * len(cases) + len(outcomes), len(candidates) * len(cases))
+            reason = _missed(evaluator.constraints, outcomes, final=len(outcomes) == len(cases))
+            if reason:
+                break
+        if not reason:
+            evidence = _evidence(evaluator, trial, outcomes, looked_at, prompts_digest)
+            if evidence.speedup.ci95[0] > 1.0:
+                return Confirmation(trial.policy, evidence, looked_at, tuple(reasons))
+            reason = "it is not certainly faster than the plain pipeline"
+        reasons.append(f"trial {trial.number}: {reason}")
+    return Confirmation(None, None, len(candidates), tuple(reasons))
+
+
+def _missed(constraints: Sequence[Constraint], outcomes: Sequence[Outcome], *, final: bool) -> str:
+    """Return which floor is missed, empty if none is (or it is too early to say)."""
+    for constraint in constraints:
+        scores = [outcome.values[constraint.metric] for outcome in outcomes]
+        if constraint.statistic == "worst":
+            if min(scores) < constraint.floor:
+                return f"{constraint.name} {min(scores):.4g} < {constraint.floor:g}"
+            bound = worst_lower_bound(scores, UNSEEN)
+        else:
+            bound = mean_lower_bound(scores)
+            lost = len(scores) >= _FIRST_LOOK and sum(scores) / len(scores) < constraint.floor
+            if lost:
+                return f"{constraint.name} {sum(scores) / len(scores):.4g} < {constraint.floor:g}"
+        if final and bound < constraint.floor:
+            return f"{constraint.name} is certain only above {bound:.4g}, not {constraint.floor:g}"
+    return ""
+
+
+def _evidence(
+    evaluator: Evaluator,
+    trial: Trial,
+    outcomes: Sequence[Outcome],
+    looked_at: int,
+    prompts_digest: str,
+) -> Evidence:
+    baseline = [o.baseline_ms for o in outcomes if o.baseline_ms is not None]
+    tuned = [o.tuned_ms for o in outcomes]
+    quality: dict[str, Quality] = summarise(evaluator.constraints, [o.values for o in outcomes])
+    return Evidence(
+        speedup=paired_speedup(baseline, tuned),
+        baseline_ms=sorted(baseline)[len(baseline) // 2],
+        tuned_ms=sorted(tuned)[len(tuned) // 2],
+        quality=quality,
+        bound_by=bound_by(evaluator.constraints, quality),
+        candidates=looked_at,
+        prompts_digest=prompts_digest,
+        study=trial.study,
+        git_commit=_commit(),
+        created_at=now(),
+        status="measured",
+    )
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout that this file stands in, None where it was installed."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    found = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=10,
+    )
+    return found.stdout.strip() or None

@@ -1,0 +1,113 @@
+"""Evaluate a policy: the quality of its videos and its speed against the plain pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ditune.accel.anatomy import denoisers
+from ditune.accel.apply import Summary, accelerate
+from ditune.db.records import Constraint, Policy
+from ditune.profiler.timing import timed
+from ditune.tuner.quality import values_of
+from ditune.tuner.source import Source
+
+
+@dataclass(frozen=True)
+class Case:
+    """One video to generate: a prompt and the seed of its noise."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one case gave; `baseline_ms` is None where the plain pipeline was not run beside it."""
+
+    case: Case
+    values: dict[str, float]
+    tuned_ms: float
+    baseline_ms: float | None
+    summary: Summary
+
+
+class Evaluator:
+    """Runs a source's pipeline plain and tuned; plain videos are generated once and kept."""
+
+    def __init__(self, source: Source, constraints: Sequence[Constraint]) -> None:
+        """Prepare to measure a source; nothing runs yet."""
+        self.source = source
+        self.constraints = tuple(constraints)
+        self.device = next(denoisers(source.pipe)[0].parameters()).device
+        self._plain: dict[Case, np.ndarray] = {}
+        self._flip = False
+
+    def plain(self, case: Case) -> np.ndarray:
+        """Return the plain video of a case, [frames, height, width, 3] in [0, 1]."""
+        if case not in self._plain:
+            self._plain[case] = self._run(case)[0]
+        return self._plain[case]
+
+    def tuned(self, policy: Policy, case: Case) -> tuple[np.ndarray, float, Summary]:
+        """Return the video under a policy, its latency in milliseconds, and what the policy did."""
+        with accelerate(self.source.pipe, policy, small=self.source.small) as applied:
+            video, lasted = self._run(case)
+            return video, lasted, applied.summary()
+
+    def measure(self, policy: Policy, case: Case, *, paired: bool) -> Outcome:
+        """Generate one case under a policy and compare it with the plain video.
+
+        With `paired` the plain pipeline runs beside it, first and second in turn.
+        """
+        baseline_ms: float | None = None
+        self._flip = not self._flip
+        if paired and self._flip:
+            baseline_ms = self._baseline(case)
+        video, tuned_ms, summary = self.tuned(policy, case)
+        if paired and not self._flip:
+            baseline_ms = self._baseline(case)
+        values = values_of(self.constraints, video, self.plain(case), case.prompt)
+        return Outcome(case, values, tuned_ms, baseline_ms, summary)
+
+    def run(
+        self,
+        policy: Policy,
+        cases: Sequence[Case],
+        *,
+        pairs: int,
+        stop: Callable[[list[Outcome]], bool] = lambda _: False,
+    ) -> Iterator[Outcome]:
+        """Measure a policy case by case, the first `pairs` of them paired; `stop` ends it early."""
+        outcomes: list[Outcome] = []
+        for index, case in enumerate(cases):
+            outcomes.append(self.measure(policy, case, paired=index < pairs))
+            yield outcomes[-1]
+            if stop(outcomes):
+                return
+
+    def _baseline(self, case: Case) -> float:
+        video, lasted = self._run(case)
+        self._plain.setdefault(case, video)
+        return lasted
+
+    def _run(self, case: Case) -> tuple[np.ndarray, float]:
+        generator = torch.Generator().manual_seed(case.seed)
+
+        def call() -> Any:
+            return self.source.pipe(
+                prompt=case.prompt, generator=generator, output_type="np", **self.source.call
+            )
+
+        output, lasted = timed(call, self.device)
+        frames = output.frames if hasattr(output, "frames") else output.images[:, None]
+        return np.asarray(frames[0], dtype=np.float32), lasted
+
+
+def cases_of(prompts: Sequence[str], count: int, seed: int) -> list[Case]:
+    """Return `count` cases: prompts in order, each with a seed of its own counted from `seed`."""
+    return [Case(prompts[index % len(prompts)], seed + index) for index in range(count)]

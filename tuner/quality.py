@@ -1,0 +1,162 @@
+"""Quality metrics and the floors that bind a search.
+
+Metrics with a reference compare a tuned video with the plain one of the same prompt and seed. Metrics
+without one score a video by itself; what is bounded then is the tuned score minus the plain one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Literal, Protocol
+
+import numpy as np
+
+from ditune.db.errors import UsageFault
+from ditune.db.records import Constraint, Quality
+
+METRIC_GROUP = "ditune.metrics"
+PSNR_CAP_DB = 100.0  # identical videos have an infinite PSNR, which no file format can hold
+_FLOOR = re.compile(r"^\s*([a-z][a-z0-9]*)(_worst)?\s*>=\s*(-?\d+(?:\.\d+)?(?:e-?\d+)?)\s*$")
+
+
+class Metric(Protocol):
+    """Scores one video; more is better.
+
+    Register a class under the entry-point group `ditune.metrics` to add one.
+    """
+
+    name: str
+    needs_reference: bool
+
+    def score(self, video: np.ndarray, reference: np.ndarray | None, prompt: str) -> float:
+        """Return the score of a video [frames, height, width, 3] in [0, 1]."""
+
+
+class Psnr:
+    """Peak signal-to-noise ratio over all frames together, in dB, capped at 100."""
+
+    name = "psnr"
+    needs_reference = True
+
+    def score(self, video: np.ndarray, reference: np.ndarray | None, prompt: str) -> float:
+        """Return the PSNR against the plain video of the same seed."""
+        from torchmetrics.functional.image import peak_signal_noise_ratio
+
+        value = float(
+            peak_signal_noise_ratio(*_tensors(video, reference), data_range=1.0)
+        )
+        return min(value, PSNR_CAP_DB)
+
+
+class Ssim:
+    """Structural similarity, mean over frames, in [-1, 1]."""
+
+    name = "ssim"
+    needs_reference = True
+
+    def score(self, video: np.ndarray, reference: np.ndarray | None, prompt: str) -> float:
+        """Return the SSIM against the plain video of the same seed."""
+        from torchmetrics.functional.image import structural_similarity_index_measure
+
+        found = structural_similarity_index_measure(*_tensors(video, reference), data_range=1.0)
+        return float(found)  # type: ignore[arg-type]
+
+
+def _tensors(video: np.ndarray, reference: np.ndarray | None) -> tuple[object, object]:
+    """Return both videos as [frames, 3, height, width]."""
+    import torch
+
+    if reference is None or video.shape != reference.shape:
+        shape = None if reference is None else reference.shape
+        raise UsageFault(
+            f"a same-seed metric needs two videos of one shape: got {video.shape} and {shape}"
+        )
+    pair = [np.ascontiguousarray(np.moveaxis(v, -1, 1), dtype=np.float32) for v in (video, reference)]
+    return torch.from_numpy(pair[0]), torch.from_numpy(pair[1])
+
+
+@cache
+def metrics() -> Mapping[str, Metric]:
+    """Return every metric by name: those built in and those that packages register."""
+    found: dict[str, Metric] = {"psnr": Psnr(), "ssim": Ssim()}
+    for entry in entry_points(group=METRIC_GROUP):
+        found[entry.name] = entry.load()()
+    return found
+
+
+def parse_constraints(text: str) -> tuple[Constraint, ...]:
+    """Return the floors written as "psnr>=35,psnr_worst>=27,judge>=-0.01".
+
+    A bare name bounds the mean over prompts, `_worst` the worst prompt.
+
+    Raises:
+        UsageFault: The text is malformed, names an unknown metric, or bounds something twice.
+    """
+    constraints: list[Constraint] = []
+    for part in text.split(","):
+        found = _FLOOR.match(part)
+        if found is None:
+            raise UsageFault(
+                f"cannot read the quality floor {part.strip()!r}: write METRIC>=NUMBER, separated by "
+                'commas, for example "psnr>=35,psnr_worst>=27"'
+            )
+        name, worst, floor = found.groups()
+        if name not in metrics():
+            raise UsageFault(
+                f"unknown metric {name!r} in --quality: known are {', '.join(sorted(metrics()))}"
+            )
+        statistic: Literal["mean", "worst"] = "worst" if worst else "mean"
+        constraints.append(Constraint(metric=name, statistic=statistic, floor=float(floor)))
+    names = [constraint.name for constraint in constraints]
+    if len(set(names)) < len(names):
+        raise UsageFault(f"--quality bounds the same thing twice: {text}")
+    return tuple(constraints)
+
+
+def needs_reference(constraints: Iterable[Constraint]) -> bool:
+    """Whether any of the constraints compares with the plain video of the same seed."""
+    return any(metrics()[c.metric].needs_reference for c in constraints)
+
+
+def values_of(
+    constraints: Iterable[Constraint], video: np.ndarray, plain: np.ndarray, prompt: str
+) -> dict[str, float]:
+    """Return each constrained metric's value for one video."""
+    values = {}
+    for name in dict.fromkeys(c.metric for c in constraints):
+        metric = metrics()[name]
+        if metric.needs_reference:
+            values[name] = metric.score(video, plain, prompt)
+        else:
+            values[name] = metric.score(video, None, prompt) - metric.score(plain, None, prompt)
+    return values
+
+
+def summarise(
+    constraints: Iterable[Constraint], values: Sequence[Mapping[str, float]]
+) -> dict[str, Quality]:
+    """Return mean and worst per constraint, from the values of each prompt."""
+    summary = {}
+    for constraint in constraints:
+        scores = [value[constraint.metric] for value in values]
+        summary[constraint.name] = Quality(
+            floor=constraint.floor,
+            mean=float(np.mean(scores)),
+            worst=float(np.min(scores)),
+            n=len(scores),
+        )
+    return summary
+
+
+def bound_by(constraints: Iterable[Constraint], quality: Mapping[str, Quality]) -> str:
+    """Return the constraint with the least room left, relative to its floor."""
+
+    def room(constraint: Constraint) -> float:
+        seen = quality[constraint.name]
+        value = seen.mean if constraint.statistic == "mean" else seen.worst
+        return (value - constraint.floor) / max(abs(constraint.floor), 1e-3)
+
+    return min(constraints, key=room).name

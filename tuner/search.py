@@ -1,0 +1,205 @@
+"""The search loop: ask, evaluate, store, tell.
+
+Results go to our database first and to Optuna second, so that nothing that was measured is lost. A
+trial that ran to its end or was rejected early is told as COMPLETE with all its constraints; FAIL is
+for faults of the machine.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Protocol
+
+import numpy as np
+import optuna
+from optuna.trial import TrialState
+
+from ditune.db.records import Constraint, Policy, Trial
+from ditune.profiler.statistics import paired_speedup
+from ditune.tuner.evaluate import Case, Evaluator, Outcome
+from ditune.tuner.quality import summarise
+from ditune.tuner.space import Space
+
+SEARCH_PAIRS = 2  # interleaved pairs per trial; confirmation takes more
+_STARTUP_TRIALS = 8
+
+
+class TrialStore(Protocol):
+    """Where trials are kept: `db.store.Store`, or a scripted one in tests."""
+
+    def save_trial(self, trial: Trial) -> None:
+        """Keep a trial; saving it twice changes nothing."""
+
+    def trials(self, study: str) -> list[Trial]:
+        """Return the trials of a study by number."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to search: a number of trials, and seconds on a clock that nobody can set back."""
+
+    trials: int
+    seconds: float = float("inf")
+
+
+def now() -> str:
+    """Return the time of day as our records hold it."""
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+class Search:
+    """One study: its space, its evaluator, its two memories."""
+
+    def __init__(
+        self, name: str, space: Space, evaluator: Evaluator, cases: Sequence[Case], seed: int
+    ) -> None:
+        """Prepare a study; `open` connects it to its memories."""
+        self.name = name
+        self.space = space
+        self.evaluator = evaluator
+        self.cases = list(cases)
+        self._sampler = optuna.samplers.GPSampler(
+            seed=seed, deterministic_objective=False, n_startup_trials=_STARTUP_TRIALS
+        )
+
+    def open(self, storage_url: str, store: TrialStore) -> None:
+        """Create or reopen the study; trials that a dead process left running are closed."""
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.store = store
+        self.study = optuna.create_study(
+            study_name=self.name,
+            storage=storage_url,
+            sampler=self._sampler,
+            direction="minimize",
+            load_if_exists=True,
+        )
+        fresh = not self.study.trials
+        for trial in self.study.get_trials(states=(TrialState.RUNNING,)):
+            self.study.tell(trial.number, state=TrialState.FAIL)
+        if fresh:
+            for proposal in self.space.proposals():
+                self.study.enqueue_trial(
+                    proposal.parameters, user_attrs={"source": proposal.source}
+                )
+
+    def run(self, budget: Budget, progress: Callable[[Trial, int], None]) -> list[Trial]:
+        """Evaluate until the budget is spent; trials of earlier runs of the study count.
+
+        Args:
+            budget: Trials in all, and seconds for this run.
+            progress: Called after every trial with it and the number of trials so far.
+        """
+        started = time.monotonic()
+        done = self.store.trials(self.name)
+        while len(done) < budget.trials and time.monotonic() - started < budget.seconds:
+            trial = self._one(done)
+            done.append(trial)
+            progress(trial, len(done))
+        return done
+
+    def _one(self, done: Sequence[Trial]) -> Trial:
+        """Ask, evaluate, store, tell."""
+        asked = self.study.ask()
+        point = self.space.suggest(asked)
+        policy = self.space.policy(point)
+        known = next((t for t in done if t.policy.id == policy.id), None)
+        trial = self._evaluate(policy, asked, len(done)) if known is None else known
+        if known is not None:  # another point that spells the same policy: nothing to run
+            trial = known.model_copy(
+                update={"uuid": uuid.uuid4().hex, "number": len(done), "duration_s": 0.0}
+            )
+        self.store.save_trial(trial)
+        for name, violation in trial.violation.items():
+            asked.set_constraint(name, violation)
+        assert trial.speedup is not None
+        self.study.tell(asked, 1.0 / trial.speedup)
+        return trial
+
+    def _evaluate(self, policy: Policy, asked: optuna.Trial, number: int) -> Trial:
+        started = time.monotonic()
+        constraints = self.evaluator.constraints
+        outcomes = list(
+            self.evaluator.run(
+                policy, self.cases, pairs=SEARCH_PAIRS, stop=lambda o: bool(hopeless(constraints, o))
+            )
+        )
+        values = [outcome.values for outcome in outcomes]
+        reason = hopeless(constraints, outcomes) if len(outcomes) < len(self.cases) else ""
+        return Trial(
+            uuid=uuid.uuid4().hex,
+            study=self.name,
+            number=number,
+            source=asked.user_attrs.get("source", "search"),
+            policy=policy,
+            state="rejected" if reason else "complete",
+            speedup=search_speedup(outcomes),
+            work_ratio=float(np.median([o.summary.work_ratio for o in outcomes])),
+            quality=summarise(constraints, values),
+            violation=violations(constraints, values),
+            reason=reason or None,
+            duration_s=time.monotonic() - started,
+            created_at=now(),
+        )
+
+
+def search_speedup(outcomes: Sequence[Outcome]) -> float:
+    """Return the median speedup of the pairs, but no more than the work that was left out allows.
+
+    With few pairs on a shared machine a lucky ratio would otherwise lead the sampler astray.
+    """
+    pairs = [(o.baseline_ms, o.tuned_ms) for o in outcomes if o.baseline_ms is not None]
+    measured = paired_speedup([b for b, _ in pairs], [t for _, t in pairs]).median
+    small = any(o.summary.small_forwards for o in outcomes)  # blocks of two sizes do not add up
+    return measured if small else min(measured, max(o.summary.work_ratio for o in outcomes))
+
+
+def violations(
+    constraints: Sequence[Constraint], values: Sequence[dict[str, float]]
+) -> dict[str, float]:
+    """Return by how much each constraint is missed, relative to its floor; <= 0 holds it.
+
+    The mean is taken with a margin of one standard error, because the search leans on every lucky
+    sample that it finds.
+    """
+    missed = {}
+    for constraint in constraints:
+        scores = np.array([value[constraint.metric] for value in values])
+        seen = float(scores.min())
+        if constraint.statistic == "mean":
+            error = scores.std(ddof=1) / np.sqrt(len(scores)) if len(scores) > 1 else 0.0
+            seen = float(scores.mean() - error)
+        missed[constraint.name] = (constraint.floor - seen) / max(abs(constraint.floor), 1e-3)
+    return missed
+
+
+def hopeless(constraints: Sequence[Constraint], outcomes: Sequence[Outcome]) -> str:
+    """Return why a trial cannot hold its floors whatever comes, empty if it still can.
+
+    A worst prompt below its floor cannot be undone. A mean is given up after two prompts that both
+    miss it by a tenth.
+    """
+    values = [outcome.values for outcome in outcomes]
+    for constraint in constraints:
+        scores = [value[constraint.metric] for value in values]
+        if constraint.statistic == "worst" and min(scores) < constraint.floor:
+            return f"{constraint.name}: a prompt gave {min(scores):.3g}, below {constraint.floor:g}"
+        lost = constraint.floor - 0.1 * abs(constraint.floor)
+        if constraint.statistic == "mean" and len(scores) >= 2 and max(scores) < lost:
+            return f"{constraint.name}: {len(scores)} prompts stay below {lost:.3g}"
+    return ""
+
+
+def candidates(trials: Sequence[Trial], count: int) -> list[Trial]:
+    """Return the feasible trials to confirm: distinct policies, the fastest first."""
+    feasible = [t for t in trials if t.feasible and t.speedup is not None and t.policy != Policy()]
+    fastest = sorted(feasible, key=lambda t: -(t.speedup or 0.0))
+    distinct: dict[str, Trial] = {}
+    for trial in fastest:
+        distinct.setdefault(trial.policy.id, trial)
+    return list(distinct.values())[:count]
+
+

@@ -1,0 +1,295 @@
+"""One tuning session: profile, search, confirm, save; the way of the data from end to end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from ditune.accel.lookup import default_database
+from ditune.db.errors import NoFeasiblePolicy
+from ditune.db.records import (
+    Policy,
+    PolicyFile,
+    Profile,
+    Quality,
+    Settings,
+    Study,
+    Trial,
+)
+from ditune.db.store import Store, study_storage_url
+from ditune.profiler.record import profile as record_profile
+from ditune.tuner.confirm import Confirmation, confirm
+from ditune.tuner.evaluate import Evaluator, cases_of
+from ditune.tuner.quality import needs_reference, parse_constraints
+from ditune.tuner.search import Budget, Search, candidates, now
+from ditune.tuner.source import FolderSource, Source, prompts_digest
+from ditune.tuner.space import Space
+
+Stage = Literal["profile", "search", "confirm"]
+_SEARCH_SEED = 1_000  # noise seeds of the search and of confirmation never meet
+_CONFIRM_SEED = 500_000
+_WORST_SHOWN = 2
+
+
+class Progress(Protocol):
+    """Shown while a session runs; the command line draws it, the default keeps quiet."""
+
+    def update(self, stage: Stage, done: int, total: int, note: str) -> None:
+        """Say how far a stage is."""
+
+
+class Quiet:
+    """A progress that shows nothing."""
+
+    def update(self, stage: Stage, done: int, total: int, note: str) -> None:
+        """Keep quiet."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to search; the defaults suit a pipeline whose videos take seconds."""
+
+    quality: str | None = None  # floors; the source's own by default
+    trials: int = 20
+    search_seconds: float = float("inf")
+    seed: int = 0
+    profile_prompts: int = 2
+    search_prompts: int = 4
+    confirm_prompts: int = 12
+    confirm_candidates: int = 4
+    arguments: Mapping[str, str] = field(default_factory=dict)  # kept with the study, for resuming
+
+
+@dataclass(frozen=True)
+class FramePair:
+    """The same prompt and seed, plain and tuned, frames [n, height, width, 3] in [0, 1]."""
+
+    prompt: str
+    plain: np.ndarray
+    tuned: np.ndarray
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything a session found; `policy_file` is None when no policy held the floors."""
+
+    study: Study
+    profile: Profile
+    trials: tuple[Trial, ...]
+    policy_file: PolicyFile | None
+    passed_over: tuple[str, ...]
+    notes: tuple[str, ...]
+    frames: tuple[FramePair, ...]
+    duration_s: float
+
+    def best_seen(self) -> str:
+        """Say in one sentence how close the search came, for a search that found nothing."""
+        scored = [t for t in self.trials if t.policy != Policy() and t.violation]
+        if not scored:
+            return "no policy was tried"
+        closest = min(scored, key=lambda t: max(t.violation.values()))
+        seen = ", ".join(f"{k} {_value(k, q):.4g}" for k, q in closest.quality.items())
+        return f"closest was trial {closest.number}: {closest.speedup:.2f}x with {seen}"
+
+
+class Session:
+    """Tunes one source into one store."""
+
+    def __init__(
+        self, source: Source, store: Store, options: Options, progress: Progress | None = None
+    ) -> None:
+        """Check the options before anything runs.
+
+        Raises:
+            UsageFault: The quality floors are malformed or name an unknown metric.
+        """
+        self.source = source
+        self.store = store
+        self.options = options
+        self.progress = progress or Quiet()
+        self.constraints = parse_constraints(options.quality or source.quality)
+        self.evaluator = Evaluator(source, self.constraints)
+        self.notes: list[str] = []
+        self._prompts_digest = prompts_digest(source)
+
+    def run(self, storage_url: str) -> Result:
+        """Profile, search, confirm and save; everything measured is in the store at any time."""
+        started = time.monotonic()
+        found = self._profile()
+        space = Space(found, handoff=self._may_hand_off())
+        study = self._study(found, space)
+        trials = self._search(study, space, storage_url)
+        confirmation = self._confirm(trials)
+        policy_file = self._save(found, confirmation)
+        return Result(
+            study=study,
+            profile=found,
+            trials=tuple(trials),
+            policy_file=policy_file,
+            passed_over=confirmation.reasons,
+            notes=tuple(self.notes),
+            frames=self._frames(policy_file),
+            duration_s=time.monotonic() - started,
+        )
+
+    def _profile(self) -> Profile:
+        options = self.options
+        total = 2 * options.profile_prompts + 2
+        done = -1
+
+        def note(words: str) -> None:
+            nonlocal done
+            done += 1
+            self.progress.update("profile", done, total, words)
+
+        found = record_profile(
+            self.source.pipe,
+            self.source.calibration[: options.profile_prompts],
+            call=self.source.call,
+            small=self.source.small,
+            seed=_SEARCH_SEED,
+            progress=note,
+        )
+        self.progress.update("profile", total, total, "done")
+        self.store.save_profile(found)
+        return found
+
+    def _may_hand_off(self) -> bool:
+        """Whether the hand-off belongs into the space; says so when it does not."""
+        if self.source.small is None:
+            return False
+        if needs_reference(self.constraints):
+            self.notes.append(
+                "the hand-off to the small model is left out: it changes content, which a "
+                "same-seed floor (psnr, ssim) cannot allow; use judge floors alone to search it"
+            )
+            return False
+        return True
+
+    def _study(self, found: Profile, space: Space) -> Study:
+        settings = Settings(
+            hardware=found.hardware,
+            software=found.software,
+            workload=found.workload,
+            constraints=self.constraints,
+            prompts_digest=self._prompts_digest,
+            seed=self.options.seed,
+            space=space.digest,
+        )
+        study = Study(
+            name=settings.study,
+            settings=settings,
+            created_at=now(),
+            arguments=dict(self.options.arguments),
+        )
+        known = {s.name: s for s in self.store.studies()}
+        if study.name in known:
+            return known[study.name]
+        self.store.save_study(study)
+        return study
+
+    def _search(self, study: Study, space: Space, storage_url: str) -> list[Trial]:
+        options = self.options
+        cases = cases_of(self.source.calibration, options.search_prompts, _SEARCH_SEED)
+        search = Search(study.name, space, self.evaluator, cases, options.seed)
+        search.open(storage_url, self.store)
+        best = 1.0
+
+        def show(trial: Trial, count: int) -> None:
+            nonlocal best
+            if trial.feasible and trial.speedup is not None:
+                best = max(best, trial.speedup)
+            self.progress.update("search", count, options.trials, f"best {best:.2f}x")
+
+        self.progress.update("search", 0, options.trials, "starting")
+        return search.run(Budget(options.trials, options.search_seconds), show)
+
+    def _confirm(self, trials: Sequence[Trial]) -> Confirmation:
+        options = self.options
+        return confirm(
+            self.evaluator,
+            candidates(trials, options.confirm_candidates),
+            cases_of(self.source.held_out, options.confirm_prompts, _CONFIRM_SEED),
+            prompts_digest=self._prompts_digest,
+            progress=lambda done, total: self.progress.update("confirm", done, total, "held out"),
+        )
+
+    def _save(self, found: Profile, confirmation: Confirmation) -> PolicyFile | None:
+        policy, evidence = confirmation.policy, confirmation.evidence
+        if policy is None or evidence is None:
+            return None
+        policy_file = PolicyFile(
+            policy_id=policy.id,
+            hardware=found.hardware,
+            software=found.software,
+            workload=found.workload,
+            policy=policy,
+            evidence=evidence,
+        )
+        self.store.save_and_activate(policy_file)
+        return policy_file
+
+    def _frames(self, policy_file: PolicyFile | None) -> tuple[FramePair, ...]:
+        """Return two held-out prompts before and after, none without a policy."""
+        if policy_file is None:
+            return ()
+        pairs = []
+        for case in cases_of(self.source.held_out, _WORST_SHOWN, _CONFIRM_SEED):
+            tuned = self.evaluator.tuned(policy_file.policy, case)[0]
+            pairs.append(FramePair(case.prompt, self.evaluator.plain(case), tuned))
+        return tuple(pairs)
+
+
+def _value(name: str, quality: Quality) -> float:
+    return quality.worst if name.endswith("_worst") else quality.mean
+
+
+def tune(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    quality: str,
+    call: Mapping[str, Any] | None = None,
+    small: Any | None = None,
+    trials: int = 20,
+    db: str | None = None,
+) -> Policy:
+    """Search, prove and store a policy for a live pipeline, in this process.
+
+    A generation that hangs here hangs the search: only `tune run` can kill one.
+
+    Args:
+        pipe: A diffusers pipeline on its device.
+        prompts: Every other one is held out for the proof.
+        quality: Floors, for example "psnr>=30,psnr_worst>=22".
+        call: The pipeline's arguments besides the prompt.
+        small: The small model of the family, for hand-offs.
+        trials: How many policies to try.
+        db: The database; `$DITUNE_DB` or the user's data folder by default.
+
+    Raises:
+        NoFeasiblePolicy: Nothing held the floors; the message says how close it came.
+        UsageFault: The floors or prompts are not usable.
+    """
+    source = FolderSource(
+        name=type(pipe).__name__,
+        pipe=pipe,
+        small=small,
+        call=dict(call or {}),
+        calibration=tuple(prompts[0::2]),
+        held_out=tuple(prompts[1::2]),
+        quality=quality,
+    )
+    url = db or str(default_database())
+    with Store.open(url) as store:
+        session = Session(source, store, Options(quality=quality, trials=trials))
+        result = session.run(study_storage_url(url))
+    if result.policy_file is None:
+        raise NoFeasiblePolicy(f"no policy holds {quality}: {result.best_seen()}")
+    return result.policy_file.policy
+
+

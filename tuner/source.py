@@ -1,0 +1,143 @@
+"""What is tuned: a pipeline with its prompts and arguments, from a folder, a hub or an entry point."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Protocol
+
+from ditune.db.digest import digest_bytes
+from ditune.db.errors import UsageFault
+
+PIPELINE_GROUP = "ditune.pipelines"
+PROMPT_CHARACTERS_MAX = 10_000
+PROMPTS_MIN = 8
+_DEFAULT_QUALITY = "psnr>=30,psnr_worst>=22,ssim>=0.9"
+
+
+class Source(Protocol):
+    """A loaded pipeline and what to feed it; calibration and held-out prompts are disjoint."""
+
+    name: str
+    pipe: Any
+    small: Any | None
+    call: dict[str, Any]
+    calibration: tuple[str, ...]
+    held_out: tuple[str, ...]
+    quality: str
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """A pipeline loaded from a folder or hub id, with the user's prompts."""
+
+    name: str
+    pipe: Any
+    small: Any | None
+    call: dict[str, Any]
+    calibration: tuple[str, ...]
+    held_out: tuple[str, ...]
+    quality: str = _DEFAULT_QUALITY
+
+
+def registered(name: str) -> Source:
+    """Return the source that a package registers under a name.
+
+    Raises:
+        UsageFault: No package registers it.
+    """
+    known = {entry.name: entry for entry in entry_points(group=PIPELINE_GROUP)}
+    if name not in known:
+        raise UsageFault(
+            f"no installed package registers a pipeline called {name!r}; known: {sorted(known)}"
+        )
+    source: Source = known[name].load()()
+    return source
+
+
+def load_folder(
+    model: str,
+    prompts: Sequence[str],
+    call: Mapping[str, Any],
+    *,
+    small_model: str | None = None,
+    revision: str | None = None,
+) -> FolderSource:
+    """Load a pipeline from a local folder or a hub id, without running any code from it.
+
+    Args:
+        model: A folder, or a hub id (downloaded by diffusers as usual).
+        prompts: At least eight; they are split into calibration and held-out in turn.
+        call: The pipeline's arguments besides the prompt.
+        small_model: The small model of the family, for hand-offs.
+        revision: The hub revision of `model`.
+
+    Raises:
+        UsageFault: The folder is missing or is no pipeline, or there are too few prompts.
+    """
+    if len(prompts) < PROMPTS_MIN:
+        raise UsageFault(
+            f"a search needs at least {PROMPTS_MIN} prompts, half of them to prove the winner on, "
+            f"and got {len(prompts)}: add some to the file"
+        )
+    pipe = _load(model, revision)
+    small = _load(small_model, None).transformer if small_model else None
+    return FolderSource(
+        name=str(model),
+        pipe=pipe,
+        small=small,
+        call=dict(call),
+        calibration=tuple(prompts[0::2]),
+        held_out=tuple(prompts[1::2]),
+    )
+
+
+def _load(model: str, revision: str | None) -> Any:
+    looks_local = os.sep in model.rstrip("/") and model.count("/") != 1
+    folder = Path(model)
+    if not folder.exists() and (looks_local or model.startswith((".", "/", "~"))):
+        raise UsageFault(
+            f"there is no model folder at {model}: give the folder that holds model_index.json"
+        )
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise UsageFault(
+            f"{model} is not a diffusers pipeline: it has no model_index.json; "
+            "save one there with pipe.save_pretrained(...)"
+        )
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.from_pretrained(
+            model, revision=revision, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, EnvironmentError) as fault:
+        first = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
+        raise UsageFault(f"diffusers cannot load a pipeline from {model}: {first}") from fault
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts of a text file, one per line; empty lines are left out.
+
+    Raises:
+        UsageFault: The file is missing, unreadable, empty, or has a line that is too long.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise UsageFault(f"cannot read the prompt file {path}: {fault}") from fault
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UsageFault(f"the prompt file {path} is empty: put one prompt on each line")
+    if longest := max(map(len, prompts)) > PROMPT_CHARACTERS_MAX:
+        raise UsageFault(
+            f"a prompt in {path} is longer than {PROMPT_CHARACTERS_MAX} characters ({longest})"
+        )
+    return prompts
+
+
+def prompts_digest(source: Source) -> str:
+    """Return the digest of all prompts of a source, calibration first."""
+    return digest_bytes("\n".join([*source.calibration, "", *source.held_out]).encode())

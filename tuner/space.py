@@ -1,0 +1,181 @@
+"""The search space: numbers that the sampler proposes, and the policy that they spell.
+
+Every point is valid. All numbers are always proposed, so that the sampler sees one space without
+branches; those that a kind of policy does not use are ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from ditune.db.digest import digest_bytes
+from ditune.db.records import Handoff, MaskCache, Payload, Policy, Profile, RuleCache
+from ditune.tuner.masks import densities, mask, place
+
+Parameters = Mapping[str, float | int | str]
+_HANDOFF_LATEST = 1.0  # as a fraction of the steps: never
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A starting point: parameters, and where they come from."""
+
+    source: Literal["baseline", "default", "prior"]
+    parameters: dict[str, float | int | str]
+
+
+class Space:
+    """What may be searched on one workload, given its profile."""
+
+    def __init__(self, profile: Profile, *, handoff: bool) -> None:
+        """Fix the space.
+
+        Args:
+            profile: Gives step count, guidance, block count and the density of change.
+            handoff: Whether a small model may take over.
+        """
+        self.steps = profile.workload.steps
+        self.guidance = profile.workload.guidance
+        self.depth = sum(".blocks." in layer.name for layer in profile.layers) or 1
+        self._density = densities(profile.redundancy, self.steps)
+        self._sigmas = [step.sigma for step in profile.redundancy]
+        self._typical_change = _typical(profile)
+        front = max(1, self.depth // 2)
+        self.distributions: dict[str, BaseDistribution] = {
+            "kind": CategoricalDistribution(["mask", "rule"]),
+            "compute_frac": FloatDistribution(0.2, 1.0),
+            "warmup_frac": FloatDistribution(0.02, 0.4),
+            "cooldown_steps": IntDistribution(0, 3),
+            "density_power": FloatDistribution(0.0, 1.5),
+            "block_share": FloatDistribution(0.0, 0.6),
+            "order": IntDistribution(0, 1),
+            "form": CategoricalDistribution(["output", "hidden"]),
+            "fn_blocks": IntDistribution(1, front),
+            "delta2": FloatDistribution(0.005, 0.5, log=True),
+            "delta1_ratio": FloatDistribution(0.2, 0.9),
+            "interval_max": IntDistribution(2, 8),
+        }
+        if self.guidance:
+            self.distributions["cfg_share"] = FloatDistribution(0.0, 0.6)
+        if handoff:
+            self.distributions["handoff_frac"] = FloatDistribution(0.06, _HANDOFF_LATEST)
+
+    @property
+    def digest(self) -> str:
+        """The digest of names and ranges: two searches over different spaces never mix."""
+        text = {k: [type(d).__name__, d._asdict()] for k, d in self.distributions.items()}
+        return digest_bytes(json.dumps(text, sort_keys=True, default=str).encode())
+
+    def suggest(self, trial: optuna.Trial) -> dict[str, float | int | str]:
+        """Return the sampler's next point."""
+        return {name: trial._suggest(name, d) for name, d in self.distributions.items()}
+
+    def policy(self, point: Parameters) -> Policy:
+        """Return the policy that a point spells."""
+        cache = self._mask(point) if point["kind"] == "mask" else self._rule(point)
+        handoff = None
+        share = float(point.get("handoff_frac", _HANDOFF_LATEST))
+        if share < _HANDOFF_LATEST:
+            handoff = self._handoff(share)
+        if isinstance(cache, MaskCache) and set(cache.actions) == {"full"}:
+            return Policy(handoff=handoff)
+        return Policy(cache=cache, handoff=handoff)
+
+    def proposals(self) -> list[Proposal]:
+        """Return where to start: the plain pipeline, the paper's defaults, the profile's priors."""
+        plain = self._point(compute_frac=1.0, block_share=0.0, order=1)
+        rule = {"kind": "rule", "warmup_frac": 0.2, "cooldown_steps": 1, "order": 0}
+        paper = self._point(**rule, form="hidden", delta2=self._typical_change, delta1_ratio=0.4)
+        priors = [
+            self._point(compute_frac=frac, density_power=power)
+            for frac, power in ((0.6, 0.5), (0.5, 0.5), (0.4, 0.5), (0.5, 1.0), (0.5, 0.0))
+        ]
+        return [
+            Proposal("baseline", plain),
+            Proposal("prior", priors[0]),
+            Proposal("default", paper),
+            *(Proposal("prior", point) for point in priors[1:]),
+        ]
+
+    def _point(self, **chosen: float | int | str) -> dict[str, float | int | str]:
+        """Return a point with the given numbers and neutral ones elsewhere."""
+        neutral: dict[str, float | int | str] = {
+            "kind": "mask",
+            "compute_frac": 0.5,
+            "warmup_frac": 0.1,
+            "cooldown_steps": 1,
+            "density_power": 0.5,
+            "block_share": 0.0,
+            "cfg_share": 0.0,
+            "order": 1,
+            "form": "output",
+            "fn_blocks": 1,
+            "delta2": 0.1,
+            "delta1_ratio": 0.4,
+            "interval_max": 6,
+            "handoff_frac": _HANDOFF_LATEST,
+        }
+        point = {**neutral, **chosen}
+        return {name: point[name] for name in self.distributions}
+
+    def _mask(self, point: Parameters) -> MaskCache:
+        power = float(point["density_power"])
+        computed = place(
+            [value**power for value in self._density],
+            budget=round(float(point["compute_frac"]) * self.steps),
+            warmup=max(2, math.ceil(float(point["warmup_frac"]) * self.steps)),
+            cooldown=int(point["cooldown_steps"]),
+        )
+        cfg_share = float(point.get("cfg_share", 0.0))
+        return MaskCache(
+            actions=mask(self.steps, computed, cfg_share, float(point["block_share"])),
+            payload=_payload(point),
+            fn_blocks=int(point["fn_blocks"]),
+        )
+
+    def _rule(self, point: Parameters) -> RuleCache:
+        return RuleCache(
+            warmup_frac=float(point["warmup_frac"]),
+            cooldown_steps=int(point["cooldown_steps"]),
+            interval_max=int(point["interval_max"]),
+            delta2=float(point["delta2"]),
+            delta1_ratio=float(point["delta1_ratio"]),
+            allowed=("step", "cfg", "block") if self.guidance else ("step", "block"),
+            payload=_payload(point),
+            fn_blocks=int(point["fn_blocks"]),
+        )
+
+    def _handoff(self, share: float) -> Handoff | None:
+        """Return the hand-off after a share of the steps, half way between two noise levels."""
+        step = max(1, round(share * self.steps))
+        if step >= self.steps or len(self._sigmas) != self.steps:
+            return None
+        before, after = self._sigmas[step - 1], self._sigmas[step]
+        if before is None or after is None:
+            return None
+        return Handoff(sigma=(before + after) / 2.0)
+
+
+def _payload(point: Parameters) -> Payload:
+    form: Literal["hidden", "output"] = "hidden" if point["form"] == "hidden" else "output"
+    return Payload(form=form, order=int(point["order"]))
+
+
+def _typical(profile: Profile) -> float:
+    """Return the 0.7 quantile of the change per step: where the paper's delta2 starts."""
+    known = sorted(s.step_change for s in profile.redundancy if s.step_change is not None)
+    if not known:
+        return 0.1
+    return min(max(known[int(0.7 * (len(known) - 1))], 0.005), 0.5)
