@@ -1,0 +1,134 @@
+"""What `tune run` shows: a progress bar with time left, then a table; progress goes to stderr."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ditune.cli.sources import print_json
+from ditune.db.records import Quality
+from ditune.tuner.session import Result, Stage
+
+_STAGES: dict[Stage, str] = {
+    "profile": "profiling the pipeline",
+    "search": "searching policies",
+    "confirm": "proving on unseen prompts",
+}
+
+
+class RunDisplay:
+    """Progress bars on standard error, one per stage; off where nobody watches."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        """Prepare the bars; nothing is drawn before the first update."""
+        console = Console(stderr=True, quiet=quiet)
+        self._bars = Progress(
+            TextColumn("{task.description:<26}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self._tasks: dict[Stage, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        """Start drawing."""
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop drawing; the last state stays on the screen."""
+        self._bars.stop()
+
+    def update(self, stage: Stage, done: int, total: int, note: str) -> None:
+        """Move a stage's bar."""
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(_STAGES[stage], total=total, note="")
+        self._bars.update(self._tasks[stage], completed=done, total=total, note=escape(note))
+
+
+def print_result(
+    result: Result, out: Path, report: Path, url: str, json_output: bool
+) -> None:
+    """Print what was found, as one JSON object or as a table with where everything lies."""
+    if json_output:
+        print_json(run_json(result, out, report, url))
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    for note in result.notes:
+        console.print(f"[dim]note: {escape(note)}[/]")
+    for reason in result.passed_over:
+        console.print(f"[dim]passed over in confirmation: {escape(reason)}[/]")
+    found = result.policy_file
+    if found is not None:
+        console.print(_table(result))
+        console.print(f"policy   {found.policy_id}")
+        console.print(f"file     {escape(str(out / 'policy.json'))}")
+    console.print(f"database {escape(url)}")
+    console.print(f"report   {escape(str(report))}")
+
+
+def _table(result: Result) -> Table:
+    """Return the summary of a policy that held."""
+    assert result.policy_file is not None
+    evidence = result.policy_file.evidence
+    title = f"confirmed on {evidence.speedup.n} unseen prompts and seeds ({evidence.status})"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "plain", "tuned", "95 % interval / floor"):
+        table.add_column(column)
+    speed = evidence.speedup
+    table.add_row("latency", f"{evidence.baseline_ms:.0f} ms", f"{evidence.tuned_ms:.0f} ms", "")
+    interval = f"{speed.ci95[0]:.2f}x to {speed.ci95[1]:.2f}x"
+    table.add_row("speedup", "1.00x", f"[bold]{speed.median:.2f}x[/]", interval)
+    for name, quality in evidence.quality.items():
+        value = quality.worst if name.endswith("_worst") else quality.mean
+        bound = "  (binds)" if name == evidence.bound_by else ""
+        table.add_row(name, "", f"{value:.2f}", f">= {quality.floor:g}{bound}")
+    counts = _trial_counts(result)
+    table.add_row(
+        "trials", "", str(counts["total"]), f"{counts['feasible']} held the floors"
+    )
+    return table
+
+
+def run_json(result: Result, out: Path, report: Path, url: str) -> dict[str, Any]:
+    """Return the object of `tune run --json`, schema ditune/run-1."""
+    found = result.policy_file
+    evidence = found.evidence if found is not None else None
+    return {
+        "schema": "ditune/run-1",
+        "policy_id": found.policy_id if found else None,
+        "policy_file": str(out / "policy.json") if found else None,
+        "db": url,
+        "report": str(report),
+        "baseline_ms": evidence.baseline_ms if evidence else None,
+        "tuned_ms": evidence.tuned_ms if evidence else None,
+        "speedup": evidence.speedup.model_dump(mode="json") if evidence else None,
+        "quality": _quality(evidence.quality) if evidence else None,
+        "bound_by": evidence.bound_by if evidence else None,
+        "trials": _trial_counts(result),
+        "hardware": result.profile.hardware.model_dump(mode="json"),
+        "workload": result.profile.workload.model_dump(mode="json"),
+        "status": evidence.status if evidence else "infeasible",
+    }
+
+
+def _quality(quality: dict[str, Quality]) -> dict[str, Any]:
+    return {name: value.model_dump(mode="json") for name, value in quality.items()}
+
+
+def _trial_counts(result: Result) -> dict[str, int]:
+    return {
+        "total": len(result.trials),
+        "feasible": sum(trial.feasible for trial in result.trials),
+        "rejected_early": sum(trial.state == "rejected" for trial in result.trials),
+    }

@@ -1,0 +1,174 @@
+"""`tune run`: profile, search, confirm, save, policy file, report."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ditune.cli import sources
+from ditune.cli.display import RunDisplay, print_result
+from ditune.db.errors import DituneError, NoFeasiblePolicy, UsageFault
+
+if TYPE_CHECKING:
+    from ditune.tuner.session import Options, Result
+
+_RESUMED = ("model", "small_model", "prompts", "quality", "out", "db")
+_RESUMED_INTEGERS = ("trials", "seed", "steps", "height", "width", "frames")
+
+
+class Interrupted(DituneError):
+    """The user pressed Ctrl-C; everything measured so far is in the database."""
+
+    exit_code = 130
+
+
+def run(
+    model: sources.Model = None,
+    miniature: sources.Miniature = False,
+    small_model: sources.SmallModel = None,
+    prompts: sources.Prompts = None,
+    quality: Annotated[
+        str | None,
+        typer.Option("--quality", help='Floors, such as "psnr>=35,psnr_worst>=27,ssim>=0.92".'),
+    ] = None,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Policies to try.")] = 20,
+    time_limit: Annotated[
+        float | None, typer.Option("--time-limit", min=0.1, help="Minutes that the search may take.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the search.")] = 0,
+    steps: sources.Steps = None,
+    height: sources.Height = None,
+    width: sources.Width = None,
+    frames: sources.Frames = None,
+    guidance: sources.Guidance = None,
+    db: sources.Database = None,
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for the policy file and the report.")
+    ] = Path("ditune-out"),
+    resume: Annotated[
+        str | None, typer.Option("--resume", metavar="STUDY", help="Go on with a study.")
+    ] = None,
+    json_output: sources.Json = False,
+) -> None:
+    """Profile a pipeline, search a policy, prove it on unseen prompts, save it and report.
+
+    Exit codes: 0 found, 2 something to correct, 4 no policy holds the floors, 130 interrupted.
+    """
+    asked: dict[str, Any] = {
+        "model": model,
+        "miniature": miniature,
+        "small_model": small_model,
+        "prompts": str(prompts.absolute()) if prompts else None,
+        "quality": quality,
+        "trials": trials,
+        "time_limit": time_limit,
+        "seed": seed,
+        "steps": steps,
+        "height": height,
+        "width": width,
+        "frames": frames,
+        "guidance": guidance,
+        "db": db,
+        "out": str(out),
+    }
+    if resume is not None:
+        asked = _arguments_of(resume, db)
+    _run(asked, resume, json_output)
+
+
+def _run(asked: dict[str, Any], resume: str | None, json_output: bool) -> None:
+    """Do the work of the command with its arguments in one place."""
+    from ditune.db.store import Store, study_storage_url
+    from ditune.tuner.quality import parse_constraints
+    from ditune.tuner.session import Session
+
+    out = Path(asked["out"])
+    if asked["quality"] is not None:
+        parse_constraints(asked["quality"])
+    sources.require_writable(out, "the report")
+    url = sources.database_url(asked["db"])
+    with Store.open(url) as store, RunDisplay(quiet=json_output) as display:
+        source = _source(asked)
+        session = Session(source, store, _options(asked), display)
+        session.expected_study = resume
+        try:
+            result = session.run(study_storage_url(url))
+        except KeyboardInterrupt:
+            raise Interrupted(_how_to_resume(session.study_name, asked["db"])) from None
+    report = _write(result, out)
+    print_result(result, out, report, url, json_output)
+    if result.policy_file is None:
+        floors = asked["quality"] or source.quality
+        raise NoFeasiblePolicy(f"no policy holds {floors}: {result.best_seen()}")
+
+
+def _source(asked: dict[str, Any]) -> Any:
+    call = {
+        "num_inference_steps": asked["steps"],
+        "height": asked["height"],
+        "width": asked["width"],
+        "num_frames": asked["frames"],
+        "guidance_scale": asked["guidance"],
+    }
+    prompts = Path(asked["prompts"]) if asked["prompts"] else None
+    return sources.load_source(
+        asked["model"], asked["miniature"], asked["small_model"], prompts, call
+    )
+
+
+def _options(asked: dict[str, Any]) -> Options:
+    from ditune.tuner.session import Options
+
+    limit = asked["time_limit"]
+    kept = {name: str(value) for name, value in asked.items() if value is not None}
+    return Options(
+        quality=asked["quality"],
+        trials=asked["trials"],
+        search_seconds=limit * 60.0 if limit else float("inf"),
+        seed=asked["seed"],
+        arguments=kept,
+    )
+
+
+def _arguments_of(study_name: str, db: str | None) -> dict[str, Any]:
+    """Return the arguments that a study was started with."""
+    from ditune.db.store import Store
+
+    with Store.open(sources.database_url(db)) as store:
+        known = {study.name: study for study in store.studies()}
+    if study_name not in known:
+        raise UsageFault(
+            f"there is no study {study_name!r} in {sources.database_url(db)}; "
+            f"it holds: {', '.join(sorted(known)) or 'none'}"
+        )
+    kept = known[study_name].arguments
+    asked: dict[str, Any] = {name: kept.get(name) for name in _RESUMED}
+    asked |= {name: int(kept[name]) if name in kept else None for name in _RESUMED_INTEGERS}
+    asked["miniature"] = kept.get("miniature") == "True"
+    asked["guidance"] = float(kept["guidance"]) if "guidance" in kept else None
+    asked["time_limit"] = float(kept["time_limit"]) if "time_limit" in kept else None
+    asked["db"] = db or kept.get("db")
+    return asked
+
+
+def _how_to_resume(study: str | None, db: str | None) -> str:
+    if study is None:
+        return "interrupted before the search began; nothing to resume"
+    where = f" --db {shlex.quote(db)}" if db else ""
+    return f"interrupted; every finished trial is saved. Resume with: tune run --resume {study}{where}"
+
+
+def _write(result: Result, out: Path) -> Path:
+    """Write the policy file and the report; return the report's path."""
+    from ditune.cli.reporting import content_of
+    from ditune.db import policy_file
+    from ditune.reports import page
+
+    if result.policy_file is not None:
+        policy_file.write(result.policy_file, out / "policy.json")
+    report = out / "report.html"
+    page.write(content_of(result), report)
+    return report

@@ -1,0 +1,116 @@
+"""What all commands share: the pipeline to work on, the database, and printing JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ditune.accel.lookup import default_database
+from ditune.db.errors import UsageFault
+
+if TYPE_CHECKING:
+    from ditune.tuner.source import Source
+
+Model = Annotated[
+    str | None, typer.Argument(help="A folder with a diffusers pipeline, or a hub id.")
+]
+Miniature = Annotated[
+    bool, typer.Option("--miniature", help="Use the small text-to-video system inside ditune.")
+]
+SmallModel = Annotated[
+    str | None, typer.Option("--small-model", help="The small model of the family, for hand-offs.")
+]
+Prompts = Annotated[
+    Path | None, typer.Option("--prompts", help="A text file with one prompt on each line.")
+]
+Database = Annotated[
+    str | None, typer.Option("--db", help="The database: a file or URL (default: your data folder).")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")]
+Height = Annotated[int | None, typer.Option("--height", min=1, help="Pixels.")]
+Width = Annotated[int | None, typer.Option("--width", min=1, help="Pixels.")]
+Frames = Annotated[int | None, typer.Option("--frames", min=1, help="Video frames.")]
+Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance scale.")]
+
+
+def quieten_libraries() -> None:
+    """Keep model libraries from writing progress bars and advice over ours, and from the network.
+
+    Hub access stays as the user set it; remote code is never run.
+    """
+    os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def load_source(
+    model: str | None,
+    miniature: bool,
+    small_model: str | None,
+    prompts: Path | None,
+    call: Mapping[str, Any],
+) -> Source:
+    """Load what the user named: exactly one of a model and the miniature."""
+    from ditune.tuner import source
+
+    if miniature == (model is not None):
+        raise UsageFault(
+            "say what to tune: either a MODEL (a folder or hub id, with --prompts FILE) or --miniature"
+        )
+    chosen = {name: value for name, value in call.items() if value is not None}
+    lines = source.read_prompts(prompts) if prompts is not None else None
+    if miniature:
+        if lines is not None or chosen or small_model:
+            raise UsageFault(
+                "--miniature brings its own prompts, sizes and small model: leave --prompts, "
+                "--small-model, --steps, --height, --width, --frames and --guidance out"
+            )
+        quieten_libraries()
+        return source.registered("miniature")
+    if lines is None:
+        raise UsageFault("a MODEL needs prompts to tune on: add --prompts FILE, one on each line")
+    assert model is not None
+    source.require_loadable(model, len(lines))
+    quieten_libraries()
+    return source.load_folder(model, lines, chosen, small_model=small_model)
+
+
+def database_url(db: str | None) -> str:
+    """Return the database that was asked for, or the user's own."""
+    return db or str(default_database())
+
+
+def require_writable(folder: Path, what: str) -> None:
+    """Create a folder and prove that it can be written, before hours of work rely on it.
+
+    Raises:
+        UsageFault: It cannot be created or written.
+    """
+    probe = folder / f".ditune-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as fault:
+        raise UsageFault(
+            f"cannot write {what} to {folder}: {fault.strerror or fault}; choose a folder you may write"
+        ) from fault
+
+
+def print_json(data: Mapping[str, Any]) -> None:
+    """Write one JSON object to standard output."""
+    json.dump(data, sys.stdout, indent=2, allow_nan=False)
+    sys.stdout.write("\n")

@@ -1,0 +1,81 @@
+"""A real `WanPipeline` with random weights: small enough for unit tests, whole enough to be run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from torch import Tensor
+
+STEPS = 12
+Generate = Callable[..., Tensor]
+
+
+def wan_transformer(layers: int = 4, seed: int = 0) -> WanTransformer3DModel:
+    """Return a tiny transformer with random weights."""
+    torch.manual_seed(seed)
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=24,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=64,
+        ffn_dim=96,
+        num_layers=layers,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=64,
+    ).eval()
+
+
+def wan_pipeline(layers: int = 4, seed: int = 0) -> WanPipeline:
+    """Return a pipeline around it that takes prompt embeddings and gives latents."""
+    pipe = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=wan_transformer(layers, seed),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def pipe() -> WanPipeline:
+    return wan_pipeline()
+
+
+@pytest.fixture
+def small() -> WanTransformer3DModel:
+    return wan_transformer(layers=2, seed=1)
+
+
+@pytest.fixture
+def generate() -> Generate:
+    """Return a function that calls a pipeline with fixed embeddings and noise."""
+    source = torch.Generator().manual_seed(0)
+    cond = torch.randn(1, 6, 32, generator=source)
+    uncond = torch.randn(1, 6, 32, generator=source)
+
+    def call(pipe: WanPipeline, steps: int = STEPS, **changes: object) -> Tensor:
+        arguments = {
+            "prompt_embeds": cond,
+            "negative_prompt_embeds": uncond,
+            "height": 32,
+            "width": 32,
+            "num_frames": 5,
+            "num_inference_steps": steps,
+            "guidance_scale": 5.0,
+            "generator": torch.Generator().manual_seed(1),
+            "output_type": "latent",
+            "return_dict": False,
+        }
+        latents: Tensor = pipe(**(arguments | changes))[0]
+        return latents
+
+    return call
