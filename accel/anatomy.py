@@ -119,7 +119,7 @@ class SpanRunner(nn.Module):
             hidden = block(hidden, *args, **kwargs)
             if not isinstance(hidden, Tensor):
                 raise UsageFault(
-                    f"{type(block).__name__} returns {type(hidden).__name__}: block and hidden-state "
-                    "reuse need blocks that take and return one tensor"
+                    f"{type(block).__name__} returns {type(hidden).__name__}: block and "
+                    "hidden-state reuse need blocks that take and return one tensor"
                 )
         return hidden

@@ -1,8 +1,8 @@
 """Put a policy to work in a pipeline, and take it off again without a trace.
 
-One hook stands around each denoiser's forward. When the first forward of a pipeline call arrives, the
-call's steps and size are known: only then is the policy looked up and an `Episode` begun. Nothing
-outlives an episode, so an interrupted call cannot spoil the next one.
+One hook stands around each denoiser's forward. When the first forward of a pipeline call arrives,
+the call's steps and size are known: only then is the policy looked up and an `Episode` begun.
+Nothing outlives an episode, so an interrupted call cannot spoil the next one.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ def workload(pipe: Any, request: Request, small: nn.Module | None = None) -> Wor
     )
 
 
-def config_digest(model: nn.Module) -> str:
+def config_digest(model: Any) -> str:
     """Return the digest of a model's configuration, without the versions that wrote it."""
     config = {k: v for k, v in dict(model.config).items() if not k.startswith("_")}
     return digest_bytes(json.dumps(config, sort_keys=True, default=str).encode())

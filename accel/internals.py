@@ -1,7 +1,7 @@
 """The one file that touches diffusers' private names; everything else goes through it.
 
-Tested with diffusers 0.42.1. Anything outside the tested range is refused with a sentence instead of
-failing somewhere inside a generation.
+Tested with diffusers 0.42.1. An older one is refused with a sentence instead of failing somewhere
+inside a generation.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Context:
     sigma: float | None
 
 
-class _NoState(BaseState):
+class _NoState(BaseState):  # type: ignore[misc]  # diffusers' names count as Any
     """The state object that diffusers' manager insists on; ours lives in the episode."""
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
         """Forget nothing: there is nothing here."""
 
 
-class ForwardHook(ModelHook):
+class ForwardHook(ModelHook):  # type: ignore[misc]  # likewise
     """A hook around a denoiser's forward that knows the pipeline's context.
 
     Subclasses implement `around`. diffusers sets the context on every `StateManager` attribute of a

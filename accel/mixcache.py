@@ -1,8 +1,8 @@
 """MixCache's actions: what a full, step-, cfg- or block-cached forward does with tensors.
 
-Rules that keep granularities from interfering (each has a test): one granularity per step; caches are
-written at full steps only; both branches always have the same age; a model without a second branch
-has no cfg granularity; the scheduler gets an output at every step.
+Rules that keep granularities from interfering (each has a test): one granularity per step; caches
+are written at full steps only; both branches always have the same age; a model without a second
+branch has no cfg granularity; the scheduler gets an output at every step.
 Source: MixCache (arXiv 2508.12691), completed where the paper is silent.
 """
 
@@ -184,9 +184,7 @@ class MixCache:
 
     def _note(self, granularity: Granularity, distance: Tensor) -> None:
         known = self._distances.get(granularity)
-        self._distances[granularity] = (
-            distance if known is None else torch.maximum(known, distance)
-        )
+        self._distances[granularity] = distance if known is None else torch.maximum(known, distance)
 
     @property
     def byte_count(self) -> int:

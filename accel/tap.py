@@ -1,4 +1,4 @@
-"""Watch every forward of a denoiser without changing it: what the profiler's redundancy rests on."""
+"""Watch every forward of a denoiser without changing it; the profiler's redundancy rests on it."""
 
 from __future__ import annotations
 

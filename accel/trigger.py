@@ -84,8 +84,9 @@ class RuleTrigger:
         """Return the action for a step."""
         if self._must_compute(step):
             return "full"
-        self.previous = min(self.allowed, key=self._penalty)
-        return self.previous
+        chosen = min(self.allowed, key=self._penalty)
+        self.previous = chosen
+        return chosen
 
     def observe(self, step: int, measured: Measured | None) -> None:
         """Adapt the interval to a full step; `measured` is None until caches existed."""

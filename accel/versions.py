@@ -1,4 +1,4 @@
-"""The versions that figures depend on, read from package metadata without importing the packages."""
+"""The versions that figures depend on, read from package metadata; nothing is imported for it."""
 
 from __future__ import annotations
 

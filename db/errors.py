@@ -1,11 +1,11 @@
 """Every error that ditune raises on purpose; each says what was asked, what was found, what to do.
 
-    DituneError               exit code 1: failed in mid-run, state kept
-    |- UsageFault             exit code 2: what the caller must correct
-    |- NoFeasiblePolicy       exit code 4: the search found nothing that holds the floors
-    |- NotMeasurable          exit code 5: the environment cannot be measured
-    |- CorruptData            exit code 6: a damaged or incompatible policy file or database
-    `- StoreFault             exit code 1: the database could not be written; earlier state is intact
+DituneError               exit code 1: failed in mid-run, state kept
+|- UsageFault             exit code 2: what the caller must correct
+|- NoFeasiblePolicy       exit code 4: the search found nothing that holds the floors
+|- NotMeasurable          exit code 5: the environment cannot be measured
+|- CorruptData            exit code 6: a damaged or incompatible policy file or database
+`- StoreFault             exit code 1: the database could not be written; earlier state is intact
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The nouns of ditune: strict, frozen, with units in their names, and nothing else.
 
 Read this file first. A `Profile` says what a pipeline costs and where it repeats itself; a `Policy`
-says what to leave out; `Trial`s are policies that were tried; `Evidence` says what one was proved to
-give; a `Match` is what a lookup answers.
+says what to leave out; `Trial`s are policies that were tried; `Evidence` says what one was proved
+to give; a `Match` is what a lookup answers.
 """
 
 from __future__ import annotations

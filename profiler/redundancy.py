@@ -102,7 +102,9 @@ class Redundancy:
         if not step.siblings:
             return None
         large, small = self._guided(step.outputs), self._guided(step.siblings)
-        return torch.linalg.vector_norm(small - large) / torch.linalg.vector_norm(large)
+        distance: Tensor = torch.linalg.vector_norm(small - large)
+        scale: Tensor = torch.linalg.vector_norm(large)
+        return distance / scale
 
     def _guided(self, branches: dict[str, Tensor]) -> Tensor:
         if UNCOND not in branches:

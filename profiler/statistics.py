@@ -1,4 +1,4 @@
-"""The statistics of noisy measurements: paired ratios with bootstrap intervals, one-sided bounds."""
+"""The statistics of noisy measurements: paired ratios with intervals, one-sided bounds."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ class LayerClock:
 
 
 def layers_of(pipe: Any) -> dict[str, nn.Module]:
-    """Return the modules worth timing: text encoder, every block, whole transformers, VAE decoder."""
+    """Return the modules worth timing: text encoder, blocks, whole transformers, VAE decoder."""
     modules: dict[str, nn.Module] = {}
     if isinstance(encoder := getattr(pipe, "text_encoder", None), nn.Module):
         modules["text_encoder"] = encoder

@@ -1,7 +1,8 @@
 """Quality metrics and the floors that bind a search.
 
-Metrics with a reference compare a tuned video with the plain one of the same prompt and seed. Metrics
-without one score a video by itself; what is bounded then is the tuned score minus the plain one.
+Metrics with a reference compare a tuned video with the plain one of the same prompt and seed.
+Metrics without one score a video by itself; what is bounded then is the tuned score minus the
+plain one.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
 from ditune.db.errors import UsageFault
 from ditune.db.records import Constraint, Quality
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 METRIC_GROUP = "ditune.metrics"
 PSNR_CAP_DB = 100.0  # identical videos have an infinite PSNR, which no file format can hold
@@ -45,9 +49,7 @@ class Psnr:
         """Return the PSNR against the plain video of the same seed."""
         from torchmetrics.functional.image import peak_signal_noise_ratio
 
-        value = float(
-            peak_signal_noise_ratio(*_tensors(video, reference), data_range=1.0)
-        )
+        value = float(peak_signal_noise_ratio(*_tensors(video, reference), data_range=1.0))
         return min(value, PSNR_CAP_DB)
 
 
@@ -62,10 +64,11 @@ class Ssim:
         from torchmetrics.functional.image import structural_similarity_index_measure
 
         found = structural_similarity_index_measure(*_tensors(video, reference), data_range=1.0)
-        return float(found)  # type: ignore[arg-type]
+        assert not isinstance(found, tuple)  # only with return_full_image
+        return float(found)
 
 
-def _tensors(video: np.ndarray, reference: np.ndarray | None) -> tuple[object, object]:
+def _tensors(video: np.ndarray, reference: np.ndarray | None) -> tuple[Tensor, Tensor]:
     """Return both videos as [frames, 3, height, width]."""
     import torch
 
@@ -74,7 +77,9 @@ def _tensors(video: np.ndarray, reference: np.ndarray | None) -> tuple[object, o
         raise UsageFault(
             f"a same-seed metric needs two videos of one shape: got {video.shape} and {shape}"
         )
-    pair = [np.ascontiguousarray(np.moveaxis(v, -1, 1), dtype=np.float32) for v in (video, reference)]
+    pair = [
+        np.ascontiguousarray(np.moveaxis(v, -1, 1), dtype=np.float32) for v in (video, reference)
+    ]
     return torch.from_numpy(pair[0]), torch.from_numpy(pair[1])
 
 
@@ -100,8 +105,8 @@ def parse_constraints(text: str) -> tuple[Constraint, ...]:
         found = _FLOOR.match(part)
         if found is None:
             raise UsageFault(
-                f"cannot read the quality floor {part.strip()!r}: write METRIC>=NUMBER, separated by "
-                'commas, for example "psnr>=35,psnr_worst>=27"'
+                f"cannot read the quality floor {part.strip()!r}: write METRIC>=NUMBER, "
+                'separated by commas, for example "psnr>=35,psnr_worst>=27"'
             )
         name, worst, floor = found.groups()
         if name not in metrics():

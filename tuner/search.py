@@ -1,8 +1,8 @@
 """The search loop: ask, evaluate, store, tell.
 
-Results go to our database first and to Optuna second, so that nothing that was measured is lost. A
-trial that ran to its end or was rejected early is told as COMPLETE with all its constraints; FAIL is
-for faults of the machine.
+Results go to our database first and to Optuna second, so that nothing that was measured is lost.
+A trial that ran to its end or was rejected early is told as COMPLETE with all its constraints; FAIL
+is for faults of the machine.
 """
 
 from __future__ import annotations
@@ -124,7 +124,10 @@ class Search:
         constraints = self.evaluator.constraints
         outcomes = list(
             self.evaluator.run(
-                policy, self.cases, pairs=SEARCH_PAIRS, stop=lambda o: bool(hopeless(constraints, o))
+                policy,
+                self.cases,
+                pairs=SEARCH_PAIRS,
+                stop=lambda o: bool(hopeless(constraints, o)),
             )
         )
         values = [outcome.values for outcome in outcomes]
@@ -201,5 +204,3 @@ def candidates(trials: Sequence[Trial], count: int) -> list[Trial]:
     for trial in fastest:
         distinct.setdefault(trial.policy.id, trial)
     return list(distinct.values())[:count]
-
-

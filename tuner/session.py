@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from ditune.accel.lookup import default_database
-from ditune.db.errors import NoFeasiblePolicy
+from ditune.db.errors import NoFeasiblePolicy, UsageFault
 from ditune.db.records import (
     Policy,
     PolicyFile,
@@ -114,6 +114,8 @@ class Session:
         self.constraints = parse_constraints(options.quality or source.quality)
         self.evaluator = Evaluator(source, self.constraints)
         self.notes: list[str] = []
+        self.study_name: str | None = None
+        self.expected_study: str | None = None  # refuse to run any other: set when resuming
         self._prompts_digest = prompts_digest(source)
 
     def run(self, storage_url: str) -> Result:
@@ -187,6 +189,14 @@ class Session:
             arguments=dict(self.options.arguments),
         )
         known = {s.name: s for s in self.store.studies()}
+        if self.expected_study not in (None, study.name):
+            before = known[str(self.expected_study)].settings
+            differ = [n for n, value in before if value != getattr(settings, n)]
+            raise UsageFault(
+                f"cannot resume {self.expected_study} here: {', '.join(differ)} changed since; "
+                "start a new study with tune run"
+            )
+        self.study_name = study.name
         if study.name in known:
             return known[study.name]
         self.store.save_study(study)
@@ -256,11 +266,11 @@ def tune(
     call: Mapping[str, Any] | None = None,
     small: Any | None = None,
     trials: int = 20,
-    db: str | None = None,
 ) -> Policy:
     """Search, prove and store a policy for a live pipeline, in this process.
 
-    A generation that hangs here hangs the search: only `tune run` can kill one.
+    The policy goes into `$DITUNE_DB` or the user's data folder, where `accelerate` finds it. A
+    generation that hangs here hangs the search.
 
     Args:
         pipe: A diffusers pipeline on its device.
@@ -269,7 +279,6 @@ def tune(
         call: The pipeline's arguments besides the prompt.
         small: The small model of the family, for hand-offs.
         trials: How many policies to try.
-        db: The database; `$DITUNE_DB` or the user's data folder by default.
 
     Raises:
         NoFeasiblePolicy: Nothing held the floors; the message says how close it came.
@@ -284,12 +293,10 @@ def tune(
         held_out=tuple(prompts[1::2]),
         quality=quality,
     )
-    url = db or str(default_database())
+    url = str(default_database())
     with Store.open(url) as store:
         session = Session(source, store, Options(quality=quality, trials=trials))
         result = session.run(study_storage_url(url))
     if result.policy_file is None:
         raise NoFeasiblePolicy(f"no policy holds {quality}: {result.best_seen()}")
     return result.policy_file.policy
-
-

@@ -1,8 +1,8 @@
-"""What is tuned: a pipeline with its prompts and arguments, from a folder, a hub or an entry point."""
+"""What is tuned: a pipeline with its prompts and arguments, from a folder, hub or entry point."""
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -15,19 +15,40 @@ from ditune.db.errors import UsageFault
 PIPELINE_GROUP = "ditune.pipelines"
 PROMPT_CHARACTERS_MAX = 10_000
 PROMPTS_MIN = 8
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _DEFAULT_QUALITY = "psnr>=30,psnr_worst>=22,ssim>=0.9"
 
 
 class Source(Protocol):
     """A loaded pipeline and what to feed it; calibration and held-out prompts are disjoint."""
 
-    name: str
-    pipe: Any
-    small: Any | None
-    call: dict[str, Any]
-    calibration: tuple[str, ...]
-    held_out: tuple[str, ...]
-    quality: str
+    @property
+    def name(self) -> str:
+        """What the user called it."""
+
+    @property
+    def pipe(self) -> Any:
+        """The diffusers pipeline, on its device."""
+
+    @property
+    def small(self) -> Any | None:
+        """The small transformer of the family, if there is one."""
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """The pipeline's arguments besides prompt and generator."""
+
+    @property
+    def calibration(self) -> tuple[str, ...]:
+        """Prompts to search on."""
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """Prompts to prove the winner on."""
+
+    @property
+    def quality(self) -> str:
+        """The floors to use when the user names none."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +99,7 @@ def load_folder(
     Raises:
         UsageFault: The folder is missing or is no pipeline, or there are too few prompts.
     """
-    if len(prompts) < PROMPTS_MIN:
-        raise UsageFault(
-            f"a search needs at least {PROMPTS_MIN} prompts, half of them to prove the winner on, "
-            f"and got {len(prompts)}: add some to the file"
-        )
+    require_loadable(model, len(prompts))
     pipe = _load(model, revision)
     small = _load(small_model, None).transformer if small_model else None
     return FolderSource(
@@ -95,10 +112,15 @@ def load_folder(
     )
 
 
-def _load(model: str, revision: str | None) -> Any:
-    looks_local = os.sep in model.rstrip("/") and model.count("/") != 1
+def require_loadable(model: str, prompts: int) -> None:
+    """Check what can be checked before minutes are spent on loading.
+
+    Raises:
+        UsageFault: The folder is missing or is no pipeline, or there are too few prompts.
+    """
     folder = Path(model)
-    if not folder.exists() and (looks_local or model.startswith((".", "/", "~"))):
+    is_hub_id = _HUB_ID.match(model) is not None
+    if not folder.exists() and not is_hub_id:
         raise UsageFault(
             f"there is no model folder at {model}: give the folder that holds model_index.json"
         )
@@ -107,13 +129,21 @@ def _load(model: str, revision: str | None) -> Any:
             f"{model} is not a diffusers pipeline: it has no model_index.json; "
             "save one there with pipe.save_pretrained(...)"
         )
+    if prompts < PROMPTS_MIN:
+        raise UsageFault(
+            f"a search needs at least {PROMPTS_MIN} prompts, half of them to prove the winner on, "
+            f"and got {prompts}: add some to the file"
+        )
+
+
+def _load(model: str, revision: str | None) -> Any:
     from diffusers import DiffusionPipeline
 
     try:
         return DiffusionPipeline.from_pretrained(
             model, revision=revision, use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError, EnvironmentError) as fault:
+    except (OSError, ValueError) as fault:
         first = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
         raise UsageFault(f"diffusers cannot load a pipeline from {model}: {first}") from fault
 

@@ -96,8 +96,9 @@ class Space:
     def proposals(self) -> list[Proposal]:
         """Return where to start: the plain pipeline, the paper's defaults, the profile's priors."""
         plain = self._point(compute_frac=1.0, block_share=0.0, order=1)
-        rule = {"kind": "rule", "warmup_frac": 0.2, "cooldown_steps": 1, "order": 0}
-        paper = self._point(**rule, form="hidden", delta2=self._typical_change, delta1_ratio=0.4)
+        paper = self._point(
+            kind="rule", warmup_frac=0.2, order=0, form="hidden", delta2=self._typical_change
+        )
         priors = [
             self._point(compute_frac=frac, density_power=power)
             for frac, power in ((0.6, 0.5), (0.5, 0.5), (0.4, 0.5), (0.5, 1.0), (0.5, 0.0))

@@ -43,7 +43,7 @@ def test_all_full_mask_is_bit_identical(pipe: WanPipeline, generate: Generate, f
     policy = repeated("full", payload=Payload(form=form))  # type: ignore[arg-type]
     with accelerate(pipe, policy) as applied:
         assert torch.equal(plain, generate(pipe))
-        assert {"full": STEPS} == applied.summary().steps
+        assert applied.summary().steps == {"full": STEPS}
 
 
 @pytest.mark.parametrize("action", ["step", "cfg", "block"])
@@ -113,7 +113,7 @@ def test_scheduler_gets_an_output_at_every_step(pipe: WanPipeline, generate: Gen
     pipe.scheduler.step = spy
     with accelerate(pipe, repeated("full", "step")):
         generate(pipe)
-    assert STEPS == count
+    assert count == STEPS
 
 
 def test_second_call_repeats_the_first(pipe: WanPipeline, generate: Generate) -> None:
@@ -152,7 +152,7 @@ def test_rule_adapts_and_reports(pipe: WanPipeline, generate: Generate) -> None:
     with accelerate(pipe, Policy(cache=RuleCache(delta2=5.0))) as applied:
         generate(pipe)
         steps = applied.summary().steps
-    assert STEPS == sum(steps.values())
+    assert sum(steps.values()) == STEPS
     assert 0 < steps["full"] < STEPS
 
 
@@ -202,7 +202,7 @@ def test_without_a_policy_the_pipeline_runs_as_it_is(
     with accelerate(pipe, db=tmp_path / "none.db") as applied:
         assert torch.equal(plain, generate(pipe))
         assert applied.summary().policy_id is None
-    assert 1 == caplog.text.count("running without a policy")
+    assert caplog.text.count("running without a policy") == 1
 
 
 # --- hand-off --------------------------------------------------------------------------------
@@ -250,4 +250,4 @@ def test_caches_of_the_large_model_are_never_used_in_the_small_one(
     policy = masked(*actions).model_copy(update={"handoff": Handoff(sigma=between)})
     with accelerate(pipe, policy, small=small):
         generate(pipe)
-    assert [12, 12] == calls.counts  # nothing to reuse yet: every step is computed
+    assert calls.counts == [12, 12]  # nothing to reuse yet: every step is computed

@@ -17,7 +17,7 @@ def test_order_zero_reuses_the_last_value() -> None:
     history.add(0, torch.tensor([1.0]))
     history.add(2, torch.tensor([5.0]))
     assert torch.equal(torch.tensor([5.0]), history.predict(9))  # type: ignore[arg-type]
-    assert 4 == history.byte_count
+    assert history.byte_count == 4
 
 
 @given(slope=st.floats(-3, 3), offset=st.floats(-3, 3), gap=st.integers(1, 9))

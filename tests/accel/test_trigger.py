@@ -55,8 +55,8 @@ def test_step_counts_with_a_fixed_interval(
 def test_nothing_is_reused_before_two_full_steps() -> None:
     rule = RuleCache(warmup_frac=0.0, cooldown_steps=0)
     actions = simulate(RuleTrigger(rule, 20, ALL), 20, None)
-    assert ["full", "full"] == actions[:2]
-    assert "full" != actions[2]
+    assert actions[:2] == ["full", "full"]
+    assert actions[2] != "full"
 
 
 def test_large_deviation_shortens_the_interval_and_small_one_lengthens_it() -> None:
@@ -64,12 +64,12 @@ def test_large_deviation_shortens_the_interval_and_small_one_lengthens_it() -> N
     trigger = RuleTrigger(rule, 50, ALL)
     for _ in range(10):
         trigger.observe(0, Measured(1.0, {}))
-    assert INTERVAL_MIN == trigger.interval
+    assert trigger.interval == INTERVAL_MIN
     for _ in range(10):
         trigger.observe(0, Measured(0.01, {}))
-    assert 6 == trigger.interval
+    assert trigger.interval == 6
     trigger.observe(0, Measured(0.07, {}))
-    assert 6 == trigger.interval
+    assert trigger.interval == 6
 
 
 def test_repeat_penalty_alternates_between_the_two_best() -> None:
@@ -77,7 +77,7 @@ def test_repeat_penalty_alternates_between_the_two_best() -> None:
     trigger = RuleTrigger(rule, 20, ALL)
     near = Measured(0.05, {"step": 1.0, "cfg": 3.0, "block": 9.0})
     chosen = [a for a in simulate(trigger, 20, near) if a != "full"]
-    assert ["step", "cfg", "step", "cfg"] == chosen[:4]
+    assert chosen[:4] == ["step", "cfg", "step", "cfg"]
 
 
 def test_best_repeats_when_it_is_better_than_the_penalty() -> None:
@@ -91,8 +91,10 @@ def test_granularities_that_the_model_lacks_are_never_chosen() -> None:
     trigger = RuleTrigger(RuleCache(warmup_frac=0.1), 30, ("step", "block"))
     assert "cfg" not in simulate(trigger, 30, BETWEEN)
     mask = MaskCache(actions=("full", "cfg", "step"))
-    assert ["full", "full", "step"] == [
-        MaskTrigger(mask, ("step", "block")).decide(i) for i in range(3)
+    assert [MaskTrigger(mask, ("step", "block")).decide(i) for i in range(3)] == [
+        "full",
+        "full",
+        "step",
     ]
 
 
@@ -110,7 +112,7 @@ def test_protected_steps_are_full_and_gaps_never_exceed_the_interval(
     for step, deviation in enumerate(deviations):
         action = trigger.decide(step)
         if step < trigger.warmup_steps or step >= 60 - cooldown:
-            assert "full" == action
+            assert action == "full"
         if action == "full":
             last_full = step
             trigger.observe(step, Measured(deviation, {}))

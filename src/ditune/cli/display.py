@@ -7,8 +7,15 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from ditune.cli.sources import print_json
@@ -56,9 +63,7 @@ class RunDisplay:
         self._bars.update(self._tasks[stage], completed=done, total=total, note=escape(note))
 
 
-def print_result(
-    result: Result, out: Path, report: Path, url: str, json_output: bool
-) -> None:
+def print_result(result: Result, out: Path, report: Path, url: str, json_output: bool) -> None:
     """Print what was found, as one JSON object or as a table with where everything lies."""
     if json_output:
         print_json(run_json(result, out, report, url))
@@ -94,9 +99,7 @@ def _table(result: Result) -> Table:
         bound = "  (binds)" if name == evidence.bound_by else ""
         table.add_row(name, "", f"{value:.2f}", f">= {quality.floor:g}{bound}")
     counts = _trial_counts(result)
-    table.add_row(
-        "trials", "", str(counts["total"]), f"{counts['feasible']} held the floors"
-    )
+    table.add_row("trials", "", str(counts["total"]), f"{counts['feasible']} held the floors")
     return table
 
 

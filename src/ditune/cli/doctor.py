@@ -55,7 +55,9 @@ def _findings() -> list[str]:
             f"SQLite {sqlite3.sqlite_version} may lose commits when several processes write one "
             "database (fixed in 3.51.3): tune from one process at a time, or use PostgreSQL"
         )
-    if "pynvml" in {d.metadata["Name"].lower() for d in metadata.distributions() if d.metadata["Name"]}:
+    if "pynvml" in {
+        d.metadata["Name"].lower() for d in metadata.distributions() if d.metadata["Name"]
+    }:
         found.append(
             "the deprecated package pynvml is installed and warns on every import: "
             "run pip uninstall pynvml (nvidia-ml-py has the module)"

@@ -29,7 +29,16 @@ def list_policies(db: sources.Database = None, json_output: sources.Json = False
         sources.print_json({"schema": "ditune/policies-1", "policies": [_row(p) for p in found]})
         return
     table = Table()
-    for column in ("policy", "speedup", "steps", "size", "pipeline", "hardware", "proved", "status"):
+    for column in (
+        "policy",
+        "speedup",
+        "steps",
+        "size",
+        "pipeline",
+        "hardware",
+        "proved",
+        "status",
+    ):
         table.add_column(column)
     for each in found:
         row = _row(each)

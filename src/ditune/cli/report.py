@@ -15,7 +15,9 @@ from ditune.db.records import PolicyFile, Profile, Study
 
 
 def report(
-    study: Annotated[str | None, typer.Argument(help="A study's name (default: the newest).")] = None,
+    study: Annotated[
+        str | None, typer.Argument(help="A study's name (default: the newest).")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("report.html"),
     db: sources.Database = None,
 ) -> None:
@@ -31,9 +33,7 @@ def report(
         profile: Profile | None = store.profile(settings.hardware, settings.workload)
         if profile is None:
             raise UsageFault(f"{url} holds no profile for {chosen.name}: run tune profile first")
-        proved: list[PolicyFile] = [
-            p for p in store.policies() if p.evidence.study == chosen.name
-        ]
+        proved: list[PolicyFile] = [p for p in store.policies() if p.evidence.study == chosen.name]
         content = ReportContent(
             study=chosen,
             profile=profile,

@@ -36,7 +36,8 @@ def run(
     ] = None,
     trials: Annotated[int, typer.Option("--trials", min=1, help="Policies to try.")] = 20,
     time_limit: Annotated[
-        float | None, typer.Option("--time-limit", min=0.1, help="Minutes that the search may take.")
+        float | None,
+        typer.Option("--time-limit", min=0.1, help="Minutes that the search may take."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the search.")] = 0,
     steps: sources.Steps = None,
@@ -158,7 +159,9 @@ def _how_to_resume(study: str | None, db: str | None) -> str:
     if study is None:
         return "interrupted before the search began; nothing to resume"
     where = f" --db {shlex.quote(db)}" if db else ""
-    return f"interrupted; every finished trial is saved. Resume with: tune run --resume {study}{where}"
+    return (
+        f"interrupted; every finished trial is saved. Resume with: tune run --resume {study}{where}"
+    )
 
 
 def _write(result: Result, out: Path) -> Path:

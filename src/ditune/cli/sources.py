@@ -31,7 +31,8 @@ Prompts = Annotated[
     Path | None, typer.Option("--prompts", help="A text file with one prompt on each line.")
 ]
 Database = Annotated[
-    str | None, typer.Option("--db", help="The database: a file or URL (default: your data folder).")
+    str | None,
+    typer.Option("--db", help="The database: a file or URL (default: your data folder)."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")]
@@ -68,7 +69,8 @@ def load_source(
 
     if miniature == (model is not None):
         raise UsageFault(
-            "say what to tune: either a MODEL (a folder or hub id, with --prompts FILE) or --miniature"
+            "say what to tune: either --miniature, or a MODEL (a folder or hub id) with "
+            "--prompts FILE"
         )
     chosen = {name: value for name, value in call.items() if value is not None}
     lines = source.read_prompts(prompts) if prompts is not None else None
@@ -106,7 +108,8 @@ def require_writable(folder: Path, what: str) -> None:
         probe.unlink()
     except OSError as fault:
         raise UsageFault(
-            f"cannot write {what} to {folder}: {fault.strerror or fault}; choose a folder you may write"
+            f"cannot write {what} to {folder}: {fault.strerror or fault}; "
+            "choose a folder you may write"
         ) from fault
 
 

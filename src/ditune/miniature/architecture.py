@@ -1,4 +1,4 @@
-"""The parts of the miniature, built from their configurations: real diffusers and transformers classes.
+"""The parts of the miniature, built from their configurations as diffusers and transformers do.
 
 Everything that decides a shape stands here, so that training and loading cannot disagree.
 """
@@ -105,7 +105,9 @@ def scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 def pipeline(
-    denoiser: WanTransformer3DModel | None, encoder: UMT5EncoderModel, codec: AutoencoderKLWan | None
+    denoiser: WanTransformer3DModel | None,
+    encoder: UMT5EncoderModel,
+    codec: AutoencoderKLWan | None,
 ) -> WanPipeline:
     """Return a `WanPipeline` of the given parts with the miniature's tokenizer and scheduler."""
     pipe = WanPipeline(

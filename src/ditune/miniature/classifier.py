@@ -24,7 +24,7 @@ _WEIGHTS = Path(__file__).parent / "weights" / "judge" / "judge.safetensors"
 
 
 class Judge(nn.Module):
-    """Classify clips [batch, 3, 13, 32, 32] in [-1, 1]; returns logits for digit, colour, motion."""
+    """Classify clips [batch, 3, 13, 32, 32] in [-1, 1] by digit, colour and motion."""
 
     def __init__(self) -> None:
         """Build the untrained network."""
@@ -61,7 +61,8 @@ def hits(model: Judge, frames: Sequence[np.ndarray], captions: Sequence[str]) ->
     with torch.no_grad():
         logits = model(clips.movedim(-1, 1) * 2.0 - 1.0)
     seen = torch.stack([logit.argmax(-1) for logit in logits], dim=1).numpy()
-    return seen == np.array([[s.digit, s.colour, s.motion] for s in wanted])
+    right: np.ndarray = seen == np.array([[s.digit, s.colour, s.motion] for s in wanted])
+    return right
 
 
 @cache
@@ -87,7 +88,7 @@ def judge(frames: Sequence[np.ndarray], captions: Sequence[str]) -> dict[str, fl
 
 
 class JudgeMetric:
-    """The judge as a quality metric: the share of a caption's three attributes that a clip shows."""
+    """The judge as a quality metric: the share of its caption's attributes that a clip shows."""
 
     name = "judge"
     needs_reference = False

@@ -103,6 +103,6 @@ def _background(count: int, generator: torch.Generator) -> Tensor:
     far = (columns - spot[:, :1, None]) ** 2 + (rows - spot[:, 1:, None]) ** 2
     glow = torch.exp(-far / 0.18)
     first, second = corners[:, 0, :, None, None], corners[:, 1, :, None, None]
-    return (first + (second - first) * ramp[:, None] + light[:, :, None, None] * glow[:, None]).clamp(
-        0.0, 1.0
-    )
+    return (
+        first + (second - first) * ramp[:, None] + light[:, :, None, None] * glow[:, None]
+    ).clamp(0.0, 1.0)

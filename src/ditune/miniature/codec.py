@@ -38,7 +38,8 @@ class PatchPca:
         `WanPipeline`'s normalisation (a test compares the two).
         """
         patches = patchify(frames, patch_size=PATCH).movedim(1, -1) - self.mean
-        return ((patches @ self.basis) / self.latents_std).movedim(-1, 1)
+        latents: Tensor = ((patches @ self.basis) / self.latents_std).movedim(-1, 1)
+        return latents
 
     @property
     def latents_std(self) -> Tensor:

@@ -71,7 +71,12 @@ class FlowTrainer:
     """Train one denoiser; its whole state can be saved and resumed at any step."""
 
     def __init__(
-        self, model: WanTransformer3DModel, pca: PatchPca, text: Tensor, schedule: Schedule, seed: int
+        self,
+        model: WanTransformer3DModel,
+        pca: PatchPca,
+        text: Tensor,
+        schedule: Schedule,
+        seed: int,
     ) -> None:
         """Prepare optimisers and the exponential moving average.
 
@@ -89,7 +94,8 @@ class FlowTrainer:
         self.schedule = schedule
         self.generator = torch.Generator().manual_seed(seed)
         self.step = 0
-        matrices, rest = [], []
+        matrices: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             inner = name.startswith("blocks.") and parameter.ndim == 2
             (matrices if inner else rest).append(parameter)
@@ -133,7 +139,8 @@ class FlowTrainer:
         level = sigma.view(-1, 1, 1, 1, 1)
         noisy = torch.lerp(clean, noise, level)
         velocity = self.model(noisy, sigma * 1000.0, self.text[subject], return_dict=False)[0]
-        return (velocity - (noise - clean)).square().mean()
+        loss: Tensor = (velocity - (noise - clean)).square().mean()
+        return loss
 
     def save(self, path: Path) -> None:
         """Write the whole training state, atomically."""

@@ -1,4 +1,4 @@
-"""What the miniature can be asked for: digit, colour and motion, and the captions that name them."""
+"""What the miniature can be asked for: digit, colour, motion, and captions that name them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def parse(caption: str) -> Subject:
     except ValueError:
         raise UsageFault(
             f"the miniature cannot judge {caption!r}: it knows captions such as "
-            f'"a red 3 moving left", colours {", ".join(COLOUR_NAMES)}, motions {", ".join(MOTIONS)}'
+            f'"a red 3 moving left", with the colours {", ".join(COLOUR_NAMES)} '
+            f"and the motions {', '.join(MOTIONS)}"
         ) from None
 
 

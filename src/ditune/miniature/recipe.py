@@ -6,7 +6,7 @@ Each function trains one part from a seed and returns it. The denoisers' recipe 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
@@ -22,6 +22,7 @@ from ditune.miniature.clips import Clips, render
 from ditune.miniature.language import COLOUR_NAMES, DIGITS, MOTIONS, subjects
 
 PCA_CLIPS = 4000
+Log = Callable[[int, float], None]  # step, loss
 
 
 def linear_decay(optimizer: torch.optim.Optimizer, step: int, steps: int, peak: float) -> None:
@@ -44,7 +45,9 @@ def train_text_encoder(seed: int, steps: int) -> UMT5EncoderModel:
     for step in range(steps):
         linear_decay(optimizer, step, steps, 2e-3)
         states = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-        logits = heads((states * weight).sum(1)).split([len(DIGITS), len(COLOUR_NAMES), len(MOTIONS)], dim=1)
+        logits = heads((states * weight).sum(1)).split(
+            [len(DIGITS), len(COLOUR_NAMES), len(MOTIONS)], dim=1
+        )
         loss = _cross_entropy(logits, wanted)
         optimizer.zero_grad()
         loss.backward()
@@ -60,11 +63,12 @@ def text_table(encoder: UMT5EncoderModel) -> Tensor:
         embeddings, _ = pipe.encode_prompt(
             prompts, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS
         )
-    return embeddings.float()
+    table: Tensor = embeddings.float()
+    return table
 
 
-def train_judge(seed: int, steps: int) -> Iterator[tuple[int, Judge, float]]:
-    """Train the judge on rendered clips, blurred and noisy at random; yields after every step."""
+def train_judge(seed: int, steps: int, log: Log) -> Judge:
+    """Train the judge on rendered clips, blurred and noisy at random."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = Judge().train()
@@ -77,7 +81,8 @@ def train_judge(seed: int, steps: int) -> Iterator[tuple[int, Judge, float]]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        yield step, model, float(loss.detach())
+        log(step, float(loss.detach()))
+    return model.eval()
 
 
 def _weathered(clips: Clips, generator: torch.Generator) -> Tensor:
@@ -103,9 +108,9 @@ def fit_pca(seed: int, clips: int = PCA_CLIPS) -> codec.PatchPca:
 
 
 def train_decoder(
-    vae: AutoencoderKLWan, pca: codec.PatchPca, seed: int, steps: int
-) -> Iterator[tuple[int, float]]:
-    """Train the decoder in place to undo the PCA better than its inverse; yields after each step.
+    vae: AutoencoderKLWan, pca: codec.PatchPca, seed: int, steps: int, log: Log
+) -> None:
+    """Train the decoder in place to undo the PCA better than its inverse.
 
     The encoder stays as it is. All frames of a clip are decoded at once, which equals the chunked
     loop of `AutoencoderKLWan.decode` because every convolution is causal.
@@ -126,4 +131,4 @@ def train_decoder(
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        yield step, float(loss.detach())
+        log(step, float(loss.detach()))

@@ -37,7 +37,7 @@ CALL = MappingProxyType(
 
 
 def load(size: Size = "large") -> WanPipeline:
-    """Return the miniature as a `WanPipeline` on the CPU in float32, ready to be called with `CALL`.
+    """Return the miniature as a `WanPipeline` on the CPU in float32, to be called with `CALL`.
 
     Raises:
         UsageFault: The size is unknown, or the weights are not in the package.
@@ -59,8 +59,8 @@ def load_transformer(size: Size) -> WanTransformer3DModel:
     folder = WEIGHTS / _FOLDERS[size]
     if not folder.is_dir():
         raise UsageFault(
-            f"the miniature's weights are missing at {folder}: reinstall ditune, or train them with "
-            "python -m ditune.miniature.train"
+            f"the miniature's weights are missing at {folder}: reinstall ditune, "
+            "or train them with python -m ditune.miniature.train"
         )
     transformers_logging.disable_progress_bar()
     model = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32)

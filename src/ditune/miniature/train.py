@@ -11,7 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -37,9 +37,9 @@ class Recipe:
     text_steps: int = 300
     judge_steps: int = 1500
     decoder_steps: int = 3000
-    shallow: Schedule = Schedule(steps=2800, batch=64, end=0.35)
-    large: Schedule = Schedule(steps=600, batch=64, start=0.4)
-    small: Schedule = Schedule(steps=5000, batch=64)
+    shallow: Schedule = field(default_factory=lambda: Schedule(steps=2800, batch=64, end=0.35))
+    large: Schedule = field(default_factory=lambda: Schedule(steps=600, batch=64, start=0.4))
+    small: Schedule = field(default_factory=lambda: Schedule(steps=5000, batch=64))
 
 
 class Run:
@@ -57,6 +57,15 @@ class Run:
         line = {"time": round(time.time(), 1), "stage": stage, "step": step, "loss": round(loss, 5)}
         with (self.folder / "log.jsonl").open("a") as stream:
             stream.write(json.dumps(line) + "\n")
+
+    def logger(self, stage: str, every: int = 50) -> Callable[[int, float], None]:
+        """Return a function that logs every so many steps of a stage."""
+
+        def log(step: int, loss: float) -> None:
+            if step % every == 0:
+                self.log(stage, step, loss)
+
+        return log
 
     def done(self, name: str) -> bool:
         """Whether a stage has left its result."""
@@ -79,10 +88,9 @@ def text_stage(run: Run) -> None:
 
 def judge_stage(run: Run) -> None:
     """Train the judge."""
-    for step, model, loss in recipe.train_judge(run.recipe.seed + 1, run.recipe.judge_steps):
-        if step % 50 == 0:
-            run.log("judge", step, loss)
-    save_file(model.eval().state_dict(), run.folder / "judge.safetensors")
+    settings = run.recipe
+    model = recipe.train_judge(settings.seed + 1, settings.judge_steps, run.logger("judge"))
+    save_file(model.state_dict(), run.folder / "judge.safetensors")
 
 
 def pca_stage(run: Run) -> None:
@@ -96,9 +104,8 @@ def vae_stage(run: Run) -> None:
     """Write the PCA into a VAE and train its decoder."""
     pca = run.pca()
     vae = codec.build(pca)
-    for step, loss in recipe.train_decoder(vae, pca, run.recipe.seed + 3, run.recipe.decoder_steps):
-        if step % 50 == 0:
-            run.log("vae", step, loss)
+    settings = run.recipe
+    recipe.train_decoder(vae, pca, settings.seed + 3, settings.decoder_steps, run.logger("vae"))
     vae.save_pretrained(run.folder / "vae")
 
 
@@ -123,12 +130,13 @@ def small_stage(run: Run) -> None:
     _train_denoiser(run, "small", architecture.transformer("small"), run.recipe.small)
 
 
-def _train_denoiser(
-    run: Run, stage: str, model: WanTransformer3DModel, schedule: Schedule
-) -> None:
+def _train_denoiser(run: Run, stage: str, model: WanTransformer3DModel, schedule: Schedule) -> None:
     """Train with checkpoints; leaves the moving average as a diffusers folder."""
-    torch.nn.init.zeros_(model.proj_out.weight) if stage != "large" else None
-    trainer = FlowTrainer(model, run.pca(), recipe.text_table(run.text()), schedule, run.recipe.seed)
+    if stage != "large":
+        torch.nn.init.zeros_(model.proj_out.weight)
+    trainer = FlowTrainer(
+        model, run.pca(), recipe.text_table(run.text()), schedule, run.recipe.seed
+    )
     checkpoint = run.folder / f"{stage}.checkpoint.pt"
     if checkpoint.exists():
         trainer.resume(checkpoint)
@@ -145,7 +153,9 @@ def export_stage(run: Run, target: Path = WEIGHTS) -> None:
     """Write the shipped folder: every part in half precision, in safetensors and JSON."""
     sizes: dict[Size, str] = {"large": "transformer", "small": "transformer_small"}
     for size, name in sizes.items():
-        WanTransformer3DModel.from_pretrained(run.folder / size).half().save_pretrained(target / name)
+        WanTransformer3DModel.from_pretrained(run.folder / size).half().save_pretrained(
+            target / name
+        )
     AutoencoderKLWan.from_pretrained(run.folder / "vae").save_pretrained(target / "vae")
     run.text().save_pretrained(target / "text_encoder")
     architecture.tokenizer().save_pretrained(target / "tokenizer")

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ditune.db.errors import UsageFault
+from ditune.profiler.statistics import (
+    mean_lower_bound,
+    paired_speedup,
+    quantiles,
+    worst_lower_bound,
+)
+
+
+def test_pairs_cancel_drift() -> None:
+    drift = np.linspace(1.0, 3.0, 21)
+    found = paired_speedup(list(200 * drift), list(100 * drift))
+    assert pytest.approx(2.0) == found.median
+    assert pytest.approx((2.0, 2.0)) == found.ci95
+    assert found.n == 21
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    source = np.random.default_rng(3)
+    covered = 0
+    for _ in range(100):
+        tuned = 100 * np.exp(source.normal(0, 0.05, 21))
+        low, high = paired_speedup([150.0] * 21, list(tuned)).ci95
+        covered += low <= 1.5 <= high
+    assert covered >= 85
+
+
+@given(st.lists(st.tuples(st.floats(1, 1e4), st.floats(1, 1e4)), min_size=1, max_size=30))
+def test_median_lies_in_its_interval(pairs: list[tuple[float, float]]) -> None:
+    found = paired_speedup([a for a, _ in pairs], [b for _, b in pairs])
+    assert found.ci95[0] <= found.median * (1 + 1e-9)
+    assert found.median <= found.ci95[1] * (1 + 1e-9)
+
+
+def test_lists_that_are_no_pairs_are_refused() -> None:
+    with pytest.raises(UsageFault, match="needs pairs"):
+        paired_speedup([], [])
+    with pytest.raises(UsageFault, match="2 and 1"):
+        paired_speedup([1.0, 2.0], [1.0])
+
+
+def test_bounds_lie_below_what_was_seen() -> None:
+    values = [36.0, 38.0, 40.0, 37.0, 39.0]
+    assert mean_lower_bound(values) < 38.0
+    assert worst_lower_bound(values, unseen=20) < 36.0
+    assert 5.0 == mean_lower_bound([5.0]) == worst_lower_bound([5.0], unseen=3)
+
+
+def test_worst_bound_holds_for_unseen_values() -> None:
+    source = np.random.default_rng(1)
+    held = 0
+    for _ in range(200):
+        seen, unseen = source.normal(38, 3, 12), source.normal(38, 3, 20)
+        held += bool(unseen.min() >= worst_lower_bound(list(seen), 20))
+    assert held >= 170
+
+
+def test_quantiles() -> None:
+    assert quantiles([float(i) for i in range(11)]) == (2.0, 5.0, 8.0)

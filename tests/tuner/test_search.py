@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import optuna
+import pytest
+
+from ditune.accel.apply import Summary
+from ditune.db.records import (
+    Hardware,
+    LayerTiming,
+    MaskCache,
+    Policy,
+    Profile,
+    Software,
+    StepRedundancy,
+    Trial,
+    Workload,
+)
+from ditune.tuner.evaluate import Case, Outcome
+from ditune.tuner.quality import parse_constraints
+from ditune.tuner.search import Budget, Search, candidates, hopeless, search_speedup, violations
+from ditune.tuner.space import Space
+
+STEPS = 20
+FLOORS = parse_constraints("psnr>=35,psnr_worst>=27")
+
+
+def profile(guidance: bool = True) -> Profile:
+    """Return a profile by hand."""
+    return Profile(
+        hardware=Hardware(
+            device_name="test", kind="cpu", capability="avx2", cores=2, memory_bytes=1
+        ),
+        software=Software(torch="2", triton=None, diffusers="0", transformers="5", ditune="0"),
+        workload=Workload(
+            pipeline_class="WanPipeline",
+            transformer_class="WanTransformer3DModel",
+            model_digest="sha256:" + "0" * 64,
+            model_revision=None,
+            dtype="float32",
+            height=32,
+            width=32,
+            frames=13,
+            steps=STEPS,
+            scheduler_class="Euler",
+            scheduler_shift=8.0,
+            guidance=guidance,
+            batch=1,
+            attention_backend="native",
+        ),
+        prompts=1,
+        total_ms=100.0,
+        layers=tuple(
+            LayerTiming(name=f"transformer.blocks.{i}", median_ms=1, p20_ms=1, p80_ms=1, n=9)
+            for i in range(10)
+        ),
+        redundancy=tuple(
+            StepRedundancy(
+                step=i,
+                sigma=1.0 - i / STEPS,
+                step_change=None if i == 0 else 0.05 + 0.01 * i,
+                cfg_change=None,
+                block_change=None,
+            )
+            for i in range(STEPS)
+        ),
+        disagreement=None,
+        peak_bytes=None,
+        clocks=None,
+    )
+
+
+class ScriptedEvaluator:
+    """Answers from a formula and counts its calls: quality falls with the share of reused steps."""
+
+    constraints = FLOORS
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def run(
+        self,
+        policy: Policy,
+        cases: Sequence[Case],
+        *,
+        pairs: int,
+        stop: Callable[[list[Outcome]], bool],
+    ) -> Iterator[Outcome]:
+        self.calls.append(policy.id)
+        outcomes: list[Outcome] = []
+        for index, case in enumerate(cases):
+            outcomes.append(self._outcome(policy, case, paired=index < pairs))
+            yield outcomes[-1]
+            if stop(outcomes):
+                return
+
+    def _outcome(self, policy: Policy, case: Case, *, paired: bool) -> Outcome:
+        reused = 0.0
+        if isinstance(policy.cache, MaskCache):
+            reused = 1.0 - policy.cache.actions.count("full") / STEPS
+        ratio = 1.0 / (1.0 - reused)
+        summary = Summary(policy.id, "", {}, 40, 40, 0, ratio, 0, ())
+        psnr = 60.0 - 45.0 * reused - case.seed % 3
+        return Outcome(case, {"psnr": psnr}, 100.0 / ratio, 100.0 if paired else None, summary)
+
+
+class MemoryStore:
+    """A store in a dictionary."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Trial] = {}
+
+    def save_trial(self, trial: Trial) -> None:
+        self.kept[trial.uuid] = trial
+
+    def trials(self, study: str) -> list[Trial]:
+        return sorted((t for t in self.kept.values() if t.study == study), key=lambda t: t.number)
+
+
+def search(store: MemoryStore, url: str) -> tuple[Search, ScriptedEvaluator]:
+    evaluator = ScriptedEvaluator()
+    cases = [Case("a", 0), Case("b", 1), Case("c", 2)]
+    found = Search("study-1", Space(profile(), handoff=False), evaluator, cases, seed=0)  # type: ignore[arg-type]
+    found.open(url, store)
+    return found, evaluator
+
+
+def test_baseline_comes_first_and_the_search_finds_something_faster(tmp_path: Path) -> None:
+    store = MemoryStore()
+    found, _ = search(store, f"sqlite:///{tmp_path}/study.db")
+    trials = found.run(Budget(trials=14), lambda *_: None)
+    assert [t.source for t in trials[:3]] == ["baseline", "prior", "default"]
+    assert Policy() == trials[0].policy
+    assert list(range(14)) == [t.number for t in trials]
+    best = candidates(trials, 3)
+    assert best[0].speedup is not None and best[0].speedup > 1.5
+    assert all(t.feasible for t in best)
+
+
+def test_a_policy_is_never_measured_twice(tmp_path: Path) -> None:
+    store = MemoryStore()
+    found, evaluator = search(store, f"sqlite:///{tmp_path}/study.db")
+    found.run(Budget(trials=14), lambda *_: None)
+    assert len(set(evaluator.calls)) == len(evaluator.calls)
+
+
+def test_every_told_trial_carries_all_its_constraints(tmp_path: Path) -> None:
+    store = MemoryStore()
+    found, _ = search(store, f"sqlite:///{tmp_path}/study.db")
+    found.run(Budget(trials=10), lambda *_: None)
+    for trial in found.study.trials:
+        if trial.state == optuna.trial.TrialState.COMPLETE:
+            assert {"psnr", "psnr_worst"} == set(trial.constraints)
+
+
+def test_a_resumed_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    store, url = MemoryStore(), f"sqlite:///{tmp_path}/study.db"
+    first, _ = search(store, url)
+    first.run(Budget(trials=4), lambda *_: None)
+    first.study.ask()  # a process that died in the middle of a trial
+    second, evaluator = search(store, url)
+    trials = second.run(Budget(trials=9), lambda *_: None)
+    assert len(trials) == 9
+    assert len(evaluator.calls) <= 5
+    assert not second.study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
+
+
+def test_no_time_left_means_no_trial(tmp_path: Path) -> None:
+    found, evaluator = search(MemoryStore(), f"sqlite:///{tmp_path}/study.db")
+    assert found.run(Budget(trials=5, seconds=0.0), lambda *_: None) == []
+    assert not evaluator.calls
+
+
+def outcome(psnr: float, ratio: float = 2.0, pair: tuple[float, float] | None = None) -> Outcome:
+    summary = Summary(None, "", {}, 1, 1, 0, ratio, 0, ())
+    baseline, tuned = pair or (None, 50.0)
+    return Outcome(Case("a", 0), {"psnr": psnr}, tuned, baseline, summary)
+
+
+def test_a_lucky_pair_cannot_beat_the_work_left_out() -> None:
+    lucky = [outcome(40.0, ratio=1.5, pair=(100.0, 20.0))]
+    assert search_speedup(lucky) == 1.5
+    honest = [outcome(40.0, ratio=3.0, pair=(100.0, 50.0))]
+    assert pytest.approx(2.0) == search_speedup(honest)
+
+
+def test_hopeless_trials_end_early() -> None:
+    assert "below 27" in hopeless(FLOORS, [outcome(26.0)])
+    assert "stay below" in hopeless(FLOORS, [outcome(30.0), outcome(31.0)])
+    assert not hopeless(FLOORS, [outcome(30.0)])
+    assert not hopeless(FLOORS, [outcome(30.0), outcome(39.0)])
+
+
+def test_violations_have_a_margin_on_the_mean() -> None:
+    values = [{"psnr": 34.0}, {"psnr": 36.4}]
+    assert violations(FLOORS, values)["psnr"] > 0  # the mean holds, its margin does not
+    assert violations(FLOORS, values)["psnr_worst"] < 0
+    assert all(v <= 0 for v in violations(FLOORS, [{"psnr": 50.0}]).values())
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_every_proposal_spells_a_valid_policy(guidance: bool) -> None:
+    space = Space(profile(guidance), handoff=True)
+    policies = [space.policy(p.parameters) for p in space.proposals()]
+    assert Policy() == policies[0]
+    assert all(p.cache is not None for p in policies[1:])
+    assert ("cfg_share" in space.distributions) == guidance
+    assert space.digest != Space(profile(guidance), handoff=False).digest
+
+
+def test_handoff_lies_between_two_noise_levels() -> None:
+    space = Space(profile(), handoff=True)
+    point = space.proposals()[0].parameters | {"handoff_frac": 0.4}
+    handoff = space.policy(point).handoff
+    assert handoff is not None
+    assert pytest.approx((1.0 - 7 / STEPS + 1.0 - 8 / STEPS) / 2) == handoff.sigma
