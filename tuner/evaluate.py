@@ -39,24 +39,33 @@ class Outcome:
 class Evaluator:
     """Runs a source's pipeline plain and tuned; plain videos are generated once and kept."""
 
-    def __init__(self, source: Source, constraints: Sequence[Constraint]) -> None:
-        """Prepare to measure a source; nothing runs yet."""
+    def __init__(
+        self, source: Source, constraints: Sequence[Constraint], plain: Evaluator | None = None
+    ) -> None:
+        """Prepare to measure a source; nothing runs yet.
+
+        Args:
+            source: The pipeline and its arguments.
+            constraints: What is scored.
+            plain: Compare with what this evaluator calls plain, instead of the source itself.
+        """
         self.source = source
         self.constraints = tuple(constraints)
         self.device = next(denoisers(source.pipe)[0].parameters()).device
         self._plain: dict[Case, np.ndarray] = {}
         self._flip = False
+        self._reference = plain or self
 
     def plain(self, case: Case) -> np.ndarray:
         """Return the plain video of a case, [frames, height, width, 3] in [0, 1]."""
         if case not in self._plain:
-            self._plain[case] = self._run(case)[0]
+            self._plain[case] = self.generate(case)[0]
         return self._plain[case]
 
     def tuned(self, policy: Policy, case: Case) -> tuple[np.ndarray, float, Summary]:
         """Return the video under a policy, its latency in milliseconds, and what the policy did."""
         with accelerate(self.source.pipe, policy, small=self.source.small) as applied:
-            video, lasted = self._run(case)
+            video, lasted = self.generate(case)
             return video, lasted, applied.summary()
 
     def measure(self, policy: Policy, case: Case, *, paired: bool) -> Outcome:
@@ -67,11 +76,11 @@ class Evaluator:
         baseline_ms: float | None = None
         self._flip = not self._flip
         if paired and self._flip:
-            baseline_ms = self._baseline(case)
+            baseline_ms = self._reference.baseline_ms(case)
         video, tuned_ms, summary = self.tuned(policy, case)
         if paired and not self._flip:
-            baseline_ms = self._baseline(case)
-        values = values_of(self.constraints, video, self.plain(case), case.prompt)
+            baseline_ms = self._reference.baseline_ms(case)
+        values = values_of(self.constraints, video, self._reference.plain(case), case.prompt)
         return Outcome(case, values, tuned_ms, baseline_ms, summary)
 
     def run(
@@ -90,12 +99,14 @@ class Evaluator:
             if stop(outcomes):
                 return
 
-    def _baseline(self, case: Case) -> float:
-        video, lasted = self._run(case)
+    def baseline_ms(self, case: Case) -> float:
+        """Run the plain pipeline once more and return its latency."""
+        video, lasted = self.generate(case)
         self._plain.setdefault(case, video)
         return lasted
 
-    def _run(self, case: Case) -> tuple[np.ndarray, float]:
+    def generate(self, case: Case) -> tuple[np.ndarray, float]:
+        """Call the pipeline as it stands; return the video and the latency in milliseconds."""
         generator = torch.Generator().manual_seed(case.seed)
 
         def call() -> Any:

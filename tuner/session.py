@@ -23,7 +23,8 @@ from ditune.db.records import (
 from ditune.db.store import Store, study_storage_url
 from ditune.profiler.record import profile as record_profile
 from ditune.tuner.confirm import Confirmation, confirm
-from ditune.tuner.evaluate import Evaluator, cases_of
+from ditune.tuner.evaluate import Case, Evaluator, cases_of
+from ditune.tuner.fewer_steps import FewestSteps, fewest_steps
 from ditune.tuner.quality import needs_reference, parse_constraints
 from ditune.tuner.search import Budget, Search, candidates, now
 from ditune.tuner.source import FolderSource, Source, prompts_digest
@@ -84,6 +85,7 @@ class Result:
     passed_over: tuple[str, ...]
     notes: tuple[str, ...]
     frames: tuple[FramePair, ...]
+    fewer_steps: FewestSteps | None  # None when no policy held either
     duration_s: float
 
     def best_seen(self) -> str:
@@ -135,6 +137,7 @@ class Session:
             passed_over=confirmation.reasons,
             notes=tuple(self.notes),
             frames=self._frames(policy_file),
+            fewer_steps=self._fewer_steps(policy_file),
             duration_s=time.monotonic() - started,
         )
 
@@ -204,8 +207,7 @@ class Session:
 
     def _search(self, study: Study, space: Space, storage_url: str) -> list[Trial]:
         options = self.options
-        cases = cases_of(self.source.calibration, options.search_prompts, _SEARCH_SEED)
-        search = Search(study.name, space, self.evaluator, cases, options.seed)
+        search = Search(study.name, space, self.evaluator, self._search_cases(), options.seed)
         search.open(storage_url, self.store)
         best = 1.0
 
@@ -242,6 +244,16 @@ class Session:
         )
         self.store.save_and_activate(policy_file)
         return policy_file
+
+    def _fewer_steps(self, policy_file: PolicyFile | None) -> FewestSteps | None:
+        """Return the baseline of fewer steps, on the prompts of the search."""
+        if policy_file is None:
+            return None
+        self.progress.update("confirm", 1, 1, "fewer steps")
+        return fewest_steps(self.evaluator, self._search_cases())
+
+    def _search_cases(self) -> list[Case]:
+        return cases_of(self.source.calibration, self.options.search_prompts, _SEARCH_SEED)
 
     def _frames(self, policy_file: PolicyFile | None) -> tuple[FramePair, ...]:
         """Return two held-out prompts before and after, none without a policy."""

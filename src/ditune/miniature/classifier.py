@@ -66,7 +66,7 @@ def hits(model: Judge, frames: Sequence[np.ndarray], captions: Sequence[str]) ->
 
 
 @cache
-def _trained() -> Judge:
+def trained_judge() -> Judge:
     """Load the shipped judge once."""
     model = Judge()
     model.load_state_dict(load_file(_WEIGHTS))
@@ -83,7 +83,7 @@ def judge(frames: Sequence[np.ndarray], captions: Sequence[str]) -> dict[str, fl
     Returns:
         The accuracies in [0, 1] under "digit", "colour" and "motion".
     """
-    right = hits(_trained(), frames, captions).mean(axis=0)
+    right = hits(trained_judge(), frames, captions).mean(axis=0)
     return {name: float(value) for name, value in zip(ATTRIBUTES, right, strict=True)}
 
 
@@ -95,4 +95,4 @@ class JudgeMetric:
 
     def score(self, video: np.ndarray, reference: np.ndarray | None, prompt: str) -> float:
         """Return the share of digit, colour and motion that is right, in [0, 1]."""
-        return float(hits(_trained(), [video], [prompt]).mean())
+        return float(hits(trained_judge(), [video], [prompt]).mean())

@@ -1,0 +1,61 @@
+"""What one report shows: records, and frames that are too big to be records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ditune.db.records import Interval, PolicyFile, Profile, Quality, Study, Trial
+
+
+@dataclass(frozen=True, eq=False)
+class FrameStrip:
+    """The frames of one prompt, without and with the policy.
+
+    Attributes:
+        prompt: What was asked for; shown as it is, never interpreted.
+        before: Frames of the plain pipeline, [frames, height, width, 3] uint8.
+        after: Frames under the policy from the same seed, same shape.
+    """
+
+    prompt: str
+    before: np.ndarray
+    after: np.ndarray
+
+
+@dataclass(frozen=True)
+class FewerSteps:
+    """The rival that needs no policy: the plain pipeline with fewer steps.
+
+    Attributes:
+        steps: How many steps it took, the fewest that were tried against the same floors.
+        speedup: Against the plain pipeline with all its steps; None if it was not timed.
+        quality: Per constraint; None if it was not scored.
+    """
+
+    steps: int
+    speedup: Interval | None = None
+    quality: Mapping[str, Quality] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ReportContent:
+    """Everything that one page is made of.
+
+    Attributes:
+        study: The search and its settings.
+        profile: What the plain pipeline costs, and where its steps repeat.
+        trials: Every policy tried, in order.
+        chosen: The policy that held on unseen prompts; None if none did.
+        frames: Before and after, a few prompts; may be empty.
+        fewer_steps: The baseline of fewer steps; None if it was not run.
+    """
+
+    study: Study
+    profile: Profile
+    trials: tuple[Trial, ...]
+    chosen: PolicyFile | None
+    frames: tuple[FrameStrip, ...] = ()
+    fewer_steps: FewerSteps | None = None

@@ -1,0 +1,189 @@
+"""Policies, numbers and foreign text said so that a person can read them.
+
+The page and the command line use the same words.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+
+from ditune.db.records import (
+    Action,
+    Constraint,
+    Interval,
+    MaskCache,
+    Payload,
+    Policy,
+    RuleCache,
+)
+
+ACTIONS: tuple[Action, ...] = ("full", "step", "cfg", "block")
+ACTION_WORDS: dict[Action, str] = {
+    "full": "runs in full",
+    "step": "reuses the whole step",
+    "cfg": "reuses guidance",
+    "block": "reuses the middle blocks",
+}
+_PLURAL: dict[Action, str] = {
+    "full": "run in full",
+    "step": "reuse the whole step",
+    "cfg": "reuse guidance",
+    "block": "reuse the middle blocks",
+}
+_GRANULARITY = {"step": "the whole step", "cfg": "guidance", "block": "the middle blocks"}
+_METRICS = {"psnr": "PSNR", "ssim": "SSIM", "vmaf": "VMAF", "lpips": "LPIPS", "judge": "judge score"}
+_UNITS = {"psnr": "dB"}
+# These reorder the text around them, so a name could be made to read as another one.
+_REORDERING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_SECOND_MS = 1000.0
+_LONG_MS = 10_000.0
+
+
+def policy_in_words(policy: Policy, steps: int | None = None) -> str:
+    """Say in full sentences what a policy does.
+
+    Args:
+        policy: Any policy, also the empty one.
+        steps: Denoising steps of the workload; makes fractions of a rule into step counts.
+    """
+    said: list[str] = []
+    if isinstance(policy.cache, MaskCache):
+        said += [_mask(policy.cache), _payload(policy.cache.payload)]
+        if "block" in policy.cache.actions:
+            said.append(_span(policy.cache))
+    elif isinstance(policy.cache, RuleCache):
+        said += [*_rule(policy.cache, steps), _payload(policy.cache.payload)]
+        if "block" in policy.cache.allowed:
+            said.append(_span(policy.cache))
+    if policy.handoff is not None:
+        said.append(f"The small model takes over below sigma {number(policy.handoff.sigma)}.")
+    return " ".join(said) or "The plain pipeline: nothing is left out."
+
+
+def policy_in_brief(policy: Policy) -> str:
+    """Say in a few words what a policy does, for tables and labels."""
+    said: list[str] = []
+    if isinstance(policy.cache, MaskCache):
+        counts = action_counts(policy.cache)
+        said.append("mask: " + ", ".join(f"{n} {action}" for action, n in counts.items() if n))
+    elif isinstance(policy.cache, RuleCache):
+        rule = policy.cache
+        said.append(
+            f"rule: delta {number(rule.delta2)}, interval {rule.interval_init} to "
+            f"{rule.interval_max}, {' and '.join(rule.allowed)}"
+        )
+    if policy.handoff is not None:
+        said.append(f"hand-off below sigma {number(policy.handoff.sigma)}")
+    return "; ".join(said) or "plain pipeline"
+
+
+def action_counts(mask: MaskCache) -> dict[Action, int]:
+    """Return how many steps take each action, in the order full, step, cfg, block."""
+    counted = Counter(mask.actions)
+    return {action: counted[action] for action in ACTIONS}
+
+
+def counted_action(action: Action, count: int) -> str:
+    """Return "1 runs in full" or "24 reuse the whole step"."""
+    return f"{count} {ACTION_WORDS[action] if count == 1 else _PLURAL[action]}"
+
+
+def metric_label(constraint: Constraint) -> str:
+    """Return a constraint's metric as people write it: "PSNR", "PSNR of the worst prompt"."""
+    name = _METRICS.get(constraint.metric, constraint.metric)
+    return name if constraint.statistic == "mean" else f"{name} of the worst prompt"
+
+
+def unit_of(constraint: Constraint) -> str:
+    """Return the unit of a constraint's metric, empty where it has none."""
+    return _UNITS.get(constraint.metric, "")
+
+
+def number(value: float) -> str:
+    """Return a number with four significant digits and no needless zeros."""
+    return f"{value:.4g}"
+
+
+def factor(value: float) -> str:
+    """Return a speedup as people write it: "1.87x"."""
+    return f"{value:.2f}x"
+
+
+def interval(found: Interval) -> str:
+    """Return the bounds of a speedup's 95 % interval: "1.81x to 1.93x"."""
+    return f"{factor(found.ci95[0])} to {factor(found.ci95[1])}"
+
+
+def duration(milliseconds: float) -> str:
+    """Return a time in the unit that reads best, three significant digits."""
+    if milliseconds >= _LONG_MS:
+        return f"{milliseconds / _SECOND_MS:.1f} s"
+    return f"{milliseconds:,.0f} ms" if milliseconds >= _SECOND_MS else f"{milliseconds:.3g} ms"
+
+
+def visible(text: str) -> str:
+    """Return foreign text with everything spelled out that acts instead of being read.
+
+    Terminal escapes, other control characters, lone surrogates (which no file can hold) and
+    characters that turn the reading direction become escapes such as \\x1b; the rest stays.
+    """
+    return "".join(_spelled(char) if _acts(char) else char for char in text)
+
+
+def shortened(text: str, limit: int) -> str:
+    """Return text of at most `limit` characters, the last one an ellipsis if some were cut."""
+    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
+
+
+def _acts(char: str) -> bool:
+    if char in "\n\t":
+        return False
+    return char in _REORDERING or unicodedata.category(char) in ("Cc", "Cs")
+
+
+def _spelled(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")
+
+
+def _mask(mask: MaskCache) -> str:
+    counts = action_counts(mask)
+    taken = ", ".join(counted_action(action, n) for action, n in counts.items() if n)
+    return f"Of {len(mask.actions)} steps {taken}."
+
+
+def _rule(rule: RuleCache, steps: int | None) -> list[str]:
+    reused = " or ".join(_GRANULARITY[granularity] for granularity in rule.allowed)
+    return [
+        f"Reuse is decided while it runs: {_protected(rule, steps)} in full, and in between "
+        f"one step in {rule.interval_init} at first, at most one in {rule.interval_max}.",
+        f"The interval shrinks when reuse would change a step by more than {number(rule.delta2)} "
+        f"and grows below {number(rule.delta1_ratio * rule.delta2)}; "
+        f"the other steps reuse {reused}, whichever changes least.",
+    ]
+
+
+def _protected(rule: RuleCache, steps: int | None) -> str:
+    first = f"the first {rule.warmup_frac:.0%} of the steps"
+    if steps is not None:
+        # rounded up as the trigger does it; one full step must always come first
+        count = max(1, -int(-rule.warmup_frac * steps // 1))
+        first = f"the first {count} of {steps} steps" if count > 1 else f"step 1 of {steps}"
+    if rule.cooldown_steps == 0:
+        return f"{first} {'runs' if first.startswith('step') else 'run'}"
+    last = f"the last {rule.cooldown_steps}" if rule.cooldown_steps > 1 else "the last one"
+    return f"{first} and {last} run"
+
+
+def _span(cache: MaskCache | RuleCache) -> str:
+    front = f"{cache.fn_blocks} at the front" if cache.fn_blocks else ""
+    back = f"{cache.bn_blocks} at the back" if cache.bn_blocks else ""
+    kept = " and ".join(part for part in (front, back) if part) or "none"
+    return f"Where the middle blocks are reused, these still run: {kept}."
+
+
+def _payload(payload: Payload) -> str:
+    what = "output" if payload.form == "output" else "hidden state"
+    if payload.order == 0:
+        return f"What is left out repeats the last {what}."
+    return f"What is left out is continued in a line through the last two {what}s."
