@@ -5,6 +5,7 @@ The page and the command line use the same words.
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections import Counter
 
@@ -154,23 +155,24 @@ def _mask(mask: MaskCache) -> str:
 
 def _rule(rule: RuleCache, steps: int | None) -> list[str]:
     reused = " or ".join(_GRANULARITY[granularity] for granularity in rule.allowed)
+    pick = ", whichever has changed least" if len(rule.allowed) > 1 else ""
     return [
-        f"Reuse is decided while it runs: {_protected(rule, steps)} in full, and in between "
-        f"one step in {rule.interval_init} at first, at most one in {rule.interval_max}.",
-        f"The interval shrinks when reuse would change a step by more than {number(rule.delta2)} "
-        f"and grows below {number(rule.delta1_ratio * rule.delta2)}; "
-        f"the other steps reuse {reused}, whichever changes least.",
+        f"What to reuse is decided while it runs. {_protected(rule, steps)} in full; of the others "
+        f"one in {rule.interval_init} at first, and down to one in {rule.interval_max} while little "
+        "changes.",
+        f"More are computed when reuse would have changed a full step by more than "
+        f"{number(rule.delta2)}, fewer below {number(rule.delta1_ratio * rule.delta2)}; "
+        f"the rest reuse {reused}{pick}.",
     ]
 
 
 def _protected(rule: RuleCache, steps: int | None) -> str:
-    first = f"the first {rule.warmup_frac:.0%} of the steps"
-    if steps is not None:
-        # rounded up as the trigger does it; one full step must always come first
-        count = max(1, -int(-rule.warmup_frac * steps // 1))
-        first = f"the first {count} of {steps} steps" if count > 1 else f"step 1 of {steps}"
+    first = f"The first {rule.warmup_frac:.0%} of the steps"
+    if steps is not None:  # the trigger rounds up, and needs two full steps before it can compare
+        warmup = min(steps, max(2, math.ceil(rule.warmup_frac * steps)))
+        first = f"The first {warmup} of {steps} steps"
     if rule.cooldown_steps == 0:
-        return f"{first} {'runs' if first.startswith('step') else 'run'}"
+        return f"{first} run"
     last = f"the last {rule.cooldown_steps}" if rule.cooldown_steps > 1 else "the last one"
     return f"{first} and {last} run"
 

@@ -77,10 +77,9 @@ def _missed(constraints: Sequence[Constraint], outcomes: Sequence[Outcome], *, f
                 return f"{constraint.name} {min(scores):.4g} < {constraint.floor:g}"
             bound = worst_lower_bound(scores, UNSEEN)
         else:
-            bound = mean_lower_bound(scores)
-            lost = len(scores) >= _FIRST_LOOK and sum(scores) / len(scores) < constraint.floor
-            if lost:
-                return f"{constraint.name} {sum(scores) / len(scores):.4g} < {constraint.floor:g}"
+            bound, mean = mean_lower_bound(scores), sum(scores) / len(scores)
+            if len(scores) >= _FIRST_LOOK and 2.0 * mean - bound < constraint.floor:
+                return f"{constraint.name} {mean:.4g} < {constraint.floor:g}"
         if final and bound < constraint.floor:
             return f"{constraint.name} is certain only above {bound:.4g}, not {constraint.floor:g}"
     return ""

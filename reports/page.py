@@ -1,0 +1,188 @@
+"""The page: one self-contained HTML file that needs no network and runs no script but its own.
+
+Prompts and names are foreign text. Jinja escapes them, `words.visible` spells out what would act in
+them, charts get them as JSON, and the content security policy forbids every other script.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import hashlib
+import uuid
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from ditune import __version__
+from ditune.db.errors import DituneError, UsageFault
+from ditune.db.records import MaskCache, Policy
+from ditune.reports import charts, gather, summary, words
+from ditune.reports.content import ReportContent
+from ditune.reports.figures import ACTION_HEIGHT
+from ditune.reports.frames import shown_strips
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_SCRIPTS = ("plotly-cartesian.min.js", "page.js")
+_PLOT_CONFIG = {  # plotly's default shows a button that uploads the chart
+    "showSendToCloud": False,
+    "displaylogo": False,
+    "displayModeBar": False,
+    "responsive": True,
+}
+_PROMPT_LIMIT = 600
+_CALLERS_FAULT = (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+
+
+def render(content: ReportContent) -> str:
+    """Return the page as HTML.
+
+    Args:
+        content: Records and frames; every text in them is taken for hostile.
+    """
+    scripts = [_asset(name) for name in _SCRIPTS]
+    drawn = charts.charts(content)
+    page: str = _environment().get_template("page.html").render(
+        csp=_security_policy(scripts),
+        style=Markup(_asset("page.css")),  # noqa: S704 - our own file
+        scripts=[Markup(script) for script in scripts],  # noqa: S704 - our own files
+        plots={"config": _PLOT_CONFIG, "figures": {k: c.figure for k, c in drawn.items()}},
+        charts=drawn,
+        version=__version__,
+        **_result(content),
+        **_evidence(content),
+    )
+    return page
+
+
+def write(content: ReportContent, path: Path) -> None:
+    """Write the page; an existing file stays whole until the new one is complete.
+
+    Args:
+        content: What to show.
+        path: The file; its folder must exist.
+
+    Raises:
+        UsageFault: The folder is missing or cannot be written, or the path is a folder.
+        DituneError: Writing failed on the way (disk full); an older report is untouched.
+    """
+    data = render(content).encode("utf-8")
+    draft = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        draft.write_bytes(data)
+        draft.replace(path)
+    except OSError as fault:
+        raise _write_fault(path, fault) from fault
+    finally:
+        _remove(draft)
+
+
+def _result(content: ReportContent) -> dict[str, Any]:
+    """Return what the first screen says: the result and the policy."""
+    chosen = content.chosen
+    steps = content.study.settings.workload.steps
+    best = gather.best_seen(content) if chosen is None else None
+    policy = chosen.policy if chosen is not None else best.policy if best is not None else None
+    return {
+        "study": content.study,
+        "headline": summary.headline(content),
+        "summary": summary.summary(content),
+        "chosen": chosen,
+        "best": best,
+        "best_seen": summary.best_seen_in_words(content),
+        "policy_words": words.policy_in_words(policy, steps) if policy is not None else "",
+        "cells": gather.strip(policy, content.profile) if policy is not None else (),
+        "steps_words": summary.steps_in_words(policy, content) if policy is not None else "",
+        "legend": _legend(policy),
+        "action_height": ACTION_HEIGHT,
+    }
+
+
+def _evidence(content: ReportContent) -> dict[str, Any]:
+    """Return what backs the result up: quality, frames, trials and conditions."""
+    settings, fewer = content.study.settings, content.fewer_steps
+    evidence = content.chosen.evidence if content.chosen is not None else None
+    return {
+        "rows": gather.quality_rows(settings, evidence.quality, evidence.bound_by)
+        if evidence is not None
+        else (),
+        "fewer": fewer,
+        "fewer_rows": gather.quality_rows(settings, (fewer.quality or {}) if fewer else {}),
+        "strips": shown_strips(content.frames),
+        "strips_given": len(content.frames),
+        "trials": charts.trials_table(content),
+        "trials_given": len(content.trials),
+        "groups": summary.conditions(content),
+    }
+
+
+def _legend(policy: Policy | None) -> list[tuple[str, str]]:
+    """Return the actions that occur in a mask with how often, for the strip."""
+    if policy is None or not isinstance(policy.cache, MaskCache):
+        return []
+    counts = words.action_counts(policy.cache)
+    return [(a, words.counted_action(a, count)) for a, count in counts.items() if count]
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_readable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "factor": words.factor,
+        "interval": words.interval,
+        "number": words.number,
+        "duration": words.duration,
+        "prompt": lambda text: words.shortened(text, _PROMPT_LIMIT),
+        "brief": lambda text: words.shortened(text, 120),
+    }
+    return environment
+
+
+def _readable(value: object) -> object:
+    """Spell out control and reordering characters in every text that a template puts in."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return words.visible(value)
+    return value
+
+
+def _asset(name: str) -> str:
+    """Return a file of the templates folder; reading as text makes all line ends a plain newline."""
+    return (_TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def _security_policy(scripts: list[str]) -> str:
+    hashes = (base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts)
+    allowed = " ".join(f"'sha256-{found}'" for found in hashes)
+    return (
+        "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
+        f"style-src 'unsafe-inline'; script-src {allowed}"
+    )
+
+
+def _write_fault(path: Path, fault: OSError) -> DituneError:
+    callers = FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError
+    if isinstance(fault, callers) or fault.errno in _CALLERS_FAULT:
+        return UsageFault(
+            f"cannot write the report to {path}: {fault.strerror}; "
+            "name a file in an existing folder that you may write to"
+        )
+    return DituneError(
+        f"writing the report to {path} stopped: {fault.strerror}; "
+        "an older report is untouched, make room and write it again with tune report"
+    )
+
+
+def _remove(draft: Path) -> None:
+    """Remove what is left of a draft; nothing is left after it became the report."""
+    try:
+        draft.unlink(missing_ok=True)
+    except OSError:
+        return  # the fault that led here says more

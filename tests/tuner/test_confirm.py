@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from ditune.accel.apply import Summary
+from ditune.db.records import MaskCache, Policy, Quality, Trial
+from ditune.tuner.confirm import confirm
+from ditune.tuner.evaluate import Case, Outcome
+from ditune.tuner.quality import parse_constraints
+
+FLOORS = parse_constraints("psnr>=35,psnr_worst>=27")
+CASES = [Case(f"prompt {i}", i) for i in range(12)]
+PROMPTS = "sha256:" + "1" * 64
+
+
+def trial(number: int) -> Trial:
+    actions = ("full",) * (number + 1) + ("step",) * (10 - number)
+    return Trial(
+        uuid=str(number),
+        study="study-1",
+        number=number,
+        source="search",
+        policy=Policy(cache=MaskCache(actions=actions)),  # type: ignore[arg-type]
+        state="complete",
+        speedup=2.0,
+        work_ratio=2.0,
+        quality={"psnr": Quality(floor=35.0, mean=40.0, worst=39.0, n=4)},
+        violation={"psnr": -0.1},
+        reason=None,
+        duration_s=1.0,
+        created_at="2026-01-01T00:00:00Z",
+    )
+
+
+class Scripted:
+    """Gives each policy the PSNRs and latency that the script lists, and counts the cases run."""
+
+    constraints = FLOORS
+
+    def __init__(self, script: dict[int, tuple[list[float], float]]) -> None:
+        self.script = {trial(n).policy.id: answer for n, answer in script.items()}
+        self.cases_run = 0
+
+    def run(
+        self,
+        policy: Policy,
+        cases: Sequence[Case],
+        *,
+        pairs: int,
+        stop: Callable[[list[Outcome]], bool] = lambda _: False,
+    ) -> Iterator[Outcome]:
+        psnrs, tuned_ms = self.script[policy.id]
+        assert len(cases) == pairs  # in confirmation every case is a pair
+        for case, psnr in zip(cases, psnrs, strict=True):
+            self.cases_run += 1
+            summary = Summary(policy.id, "", {}, 1, 1, 0, 2.0, 0, ())
+            yield Outcome(case, {"psnr": psnr}, tuned_ms + case.seed % 3, 100.0, summary)
+
+
+def spread(mean: float, by: float = 0.5) -> list[float]:
+    return [mean + by * (i % 3 - 1) for i in range(12)]
+
+
+def run(script: dict[int, tuple[list[float], float]]) -> tuple[Scripted, object]:
+    evaluator = Scripted(script)
+    found = confirm(
+        evaluator,  # type: ignore[arg-type]
+        [trial(n) for n in script],
+        CASES,
+        prompts_digest=PROMPTS,
+    )
+    return evaluator, found
+
+
+def test_the_first_candidate_that_holds_ships_with_its_own_figures() -> None:
+    _, found = run({0: (spread(40), 50.0), 1: (spread(44), 60.0)})
+    assert trial(0).policy == found.policy  # type: ignore[attr-defined]
+    evidence = found.evidence  # type: ignore[attr-defined]
+    assert 1 == evidence.candidates
+    assert 12 == evidence.speedup.n
+    assert 1.9 < evidence.speedup.median < 2.0
+    assert 39.5 == evidence.quality["psnr_worst"].worst
+    assert "psnr" == evidence.bound_by
+    assert "measured" == evidence.status
+    assert PROMPTS == evidence.prompts_digest
+
+
+def test_a_candidate_whose_bound_misses_is_passed_over() -> None:
+    evaluator, found = run({0: (spread(35.1, 1.0), 40.0), 1: (spread(40), 50.0)})
+    assert trial(1).policy == found.policy  # type: ignore[attr-defined]
+    assert 2 == found.evidence.candidates  # type: ignore[attr-defined]
+    assert "certain only above" in found.reasons[0]  # type: ignore[attr-defined]
+    assert 24 == evaluator.cases_run
+
+
+def test_a_bad_candidate_is_given_up_early() -> None:
+    evaluator, found = run({0: (spread(30), 40.0), 1: ([40.0, 26.0, *spread(40)[2:]], 40.0)})
+    assert found.policy is None  # type: ignore[attr-defined]
+    assert 4 + 2 == evaluator.cases_run
+    assert "psnr_worst 26 < 27" in found.reasons[1]  # type: ignore[attr-defined]
+
+
+def test_wide_scatter_is_no_proof_for_the_worst_prompt() -> None:
+    _, found = run({0: (spread(37, 8.0), 40.0)})
+    assert found.policy is None  # type: ignore[attr-defined]
+
+
+def test_a_policy_that_is_not_certainly_faster_does_not_ship() -> None:
+    _, found = run({0: (spread(40), 99.5)})
+    assert found.policy is None  # type: ignore[attr-defined]
+    assert "not certainly faster" in found.reasons[0]  # type: ignore[attr-defined]
+
+
+def test_nothing_to_confirm() -> None:
+    _, found = run({})
+    assert (None, None, 0) == (found.policy, found.evidence, found.looked_at)  # type: ignore[attr-defined]
