@@ -18,7 +18,7 @@ from ditune.reports.words import (
     policy_in_brief,
 )
 
-NONE = "–"  # what a table shows where there is no value
+NONE = "\u2013"  # what a table shows where there is no value
 _ENDINGS: dict[gather.Verdict, str] = {
     "feasible": "holds the floors",
     "infeasible": "misses a floor",
@@ -66,7 +66,9 @@ def trials_table(content: ReportContent) -> Table:
 
     def row(trial: Trial) -> tuple[str, ...]:
         values = tuple(
-            number(gather.bounded_value(c, trial.quality[c.name])) if c.name in trial.quality else NONE
+            number(gather.bounded_value(c, trial.quality[c.name]))
+            if c.name in trial.quality
+            else NONE
             for c in asked
         )
         speedup = factor(trial.speedup) if trial.speedup is not None else NONE
@@ -95,21 +97,28 @@ def _trials(content: ReportContent) -> Chart | None:
     gathered = gather.scatter(content)
     if gathered.constraint is None or not gathered.points:
         return None
-    held = [p for p in gathered.points if p.verdict == "feasible"]
-    said = f"Of {len(content.trials)} trials {len(held)} held every floor"
+    held = [t for t in content.trials if gather.verdict(t) == "feasible"]
+    said = f"Of {len(content.trials)} trials {len(held) or 'none'} held every floor"
     if held:
-        said += f"; the fastest of them ran {factor(max(p.speedup for p in held))} as fast"
+        said += f"; the fastest of them ran {factor(max(t.speedup or 0.0 for t in held))} as fast"
     said += "."
+    if len(content.trials) > gather.TRIALS_SHOWN:
+        said += f" The best {gather.TRIALS_SHOWN} are drawn."
     if gathered.left_out:
         said += f" {gathered.left_out} gave no figure and cannot be drawn."
     if any(p.verdict == "baseline" for p in gathered.points):
         said += " The plain pipeline equals itself and is drawn at the upper edge."
+    if gathered.ringed is not None:
+        said += " The ring marks the chosen policy as the search saw it."
     if gathered.confirmed is not None:
-        said += " The star is the chosen policy on prompts that the search never saw."
+        said += " The star is what it gave on prompts that the search never saw."
+    floor = gathered.constraint.floor
+    if any(p.verdict == "infeasible" and p.quality >= floor for p in gathered.points):
+        said += " A cross above the line misses another floor, or this one with its margin."
     metric = metric_label(gathered.constraint)
     rows = tuple(
         (str(p.trial.number), _ENDINGS[p.verdict], factor(p.speedup), number(p.quality))
-        for p in gathered.points[: gather.TRIALS_SHOWN]
+        for p in gathered.points
     )
     table = Table(("trial", "result", "speedup", metric), rows, frozenset({1}))
     return Chart("trials", "Every policy tried", said, figures.trials(gathered), table)
@@ -129,7 +138,7 @@ def _redundancy(content: ReportContent) -> Chart | None:
     said = _most_and_least(gathered)
     if policy is not None and isinstance(policy.cache, MaskCache):
         counts = action_counts(policy.cache)
-        said += f" Below it, the chosen policy: {counted_action('full', counts['full'])}."
+        said += f" Below stands the chosen policy: {counted_action('full', counts['full'])}."
     figure = figures.redundancy(gathered, cells)
     return Chart("redundancy", "How much each step repeats the one before", said, figure, table)
 
@@ -150,9 +159,13 @@ def _redundancy_rows(
 
 def _most_and_least(gathered: gather.Redundancy) -> str:
     name, line = next(iter(gathered.lines.items()))
-    known = [(value, step) for value, step in zip(line, gathered.steps, strict=True) if value is not None]
+    known = [
+        (value, step) for value, step in zip(line, gathered.steps, strict=True) if value is not None
+    ]
     (least, calm), (most, busy) = min(known), max(known)
-    what = {"whole step": "The model's output", "guidance": "Guidance"}.get(name, "The blocks' work")
+    what = {"whole step": "The model's output", "guidance": "Guidance"}.get(
+        name, "The blocks' work"
+    )
     return (
         f"{what} changes least at step {calm} ({least:.1%}) and most at step {busy} ({most:.1%}), "
         "each against the step before."
@@ -163,9 +176,11 @@ def _parts(gathered: gather.Layers) -> Chart:
     slowest = max(gathered.parts, key=lambda part: part.median_ms)
     said = (
         f"One call of {slowest.name} takes longest, {duration(slowest.median_ms)} in the median; "
-        f"it was called {slowest.n} times."
+        f"it was called {slowest.n} {'time' if slowest.n == 1 else 'times'}."
     )
-    return Chart("parts", "Parts of the pipeline", said, figures.parts(gathered), _timings(gathered.parts))
+    return Chart(
+        "parts", "Parts of the pipeline", said, figures.parts(gathered), _timings(gathered.parts)
+    )
 
 
 def _blocks(gathered: gather.Layers) -> Chart:

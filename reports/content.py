@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ditune.db.records import Interval, PolicyFile, Profile, Quality, Study, Trial
+from ditune.db.records import Interval, PolicyFile, Profile, Quality, Status, Study, Trial
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +33,13 @@ class FewerSteps:
         steps: How many steps it took, the fewest that were tried against the same floors.
         speedup: Against the plain pipeline with all its steps; None if it was not timed.
         quality: Per constraint; None if it was not scored.
+        status: How its numbers came about.
     """
 
     steps: int
     speedup: Interval | None = None
     quality: Mapping[str, Quality] | None = None
+    status: Status = "measured"
 
 
 @dataclass(frozen=True, eq=False)

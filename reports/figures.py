@@ -60,7 +60,7 @@ def parts(gathered: Layers) -> Figure:
     found = gathered.parts[::-1]  # plotly counts from the bottom
     bar = go.Bar(
         x=[part.median_ms for part in found],
-        y=[label(f"{part.name} ({part.n}×)", 28) for part in found],
+        y=[label(f"{part.name} ({part.n}x)", 28) for part in found],
         orientation="h",
         width=0.55,
         marker={"color": "var(--full)"},
@@ -120,6 +120,7 @@ def redundancy(gathered: Redundancy, cells: Sequence[StripCell]) -> Figure:
         )
     layout = _layout("denoising step", "relative change", height=400)
     layout["yaxis"] |= {"rangemode": "tozero"}
+    layout["xaxis"] |= {"range": [0.3, max(gathered.steps) + 0.7]}
     if cells:
         traces += [_strip_bars(action, cells) for action in ACTIONS]
         layout["yaxis"] |= {"domain": [0.27, 1.0]}
@@ -144,7 +145,7 @@ def trials(gathered: Scatter) -> Figure:
     unit = unit_of(constraint)
     axis = label(metric_label(constraint)) + (f", {unit}" if unit else "")
     layout = _layout("speedup against the plain pipeline", axis, height=460)
-    layout["xaxis"] |= {"ticksuffix": "×"}
+    layout["xaxis"] |= {"ticksuffix": "x"}
     layout["yaxis"] |= {"range": [low, high]}
     layout["shapes"] = [
         {
@@ -258,7 +259,7 @@ def _chosen_marks(gathered: Scatter, high: float) -> list[Any]:
             go.Scatter(
                 x=[ringed.speedup],
                 y=[min(ringed.quality, high)],
-                name="chosen, as searched",
+                name="chosen",
                 mode="markers",
                 marker={
                     "symbol": "circle-open",
@@ -276,7 +277,7 @@ def _chosen_marks(gathered: Scatter, high: float) -> list[Any]:
             go.Scatter(
                 x=[speedup.median],
                 y=[min(quality, high)],
-                name="chosen, confirmed",
+                name="confirmed",
                 mode="markers",
                 marker={"symbol": "star", "size": 15, "color": "var(--cfg)"},
                 error_x={

@@ -44,11 +44,13 @@ def shown_strips(
         strips: Frames [n, height, width, 3] uint8, any size.
         budget_bytes: What all data URIs together may take.
     """
+    strips = [strip for strip in strips if len(strip.before) and len(strip.after)]
+    shown: tuple[ShownStrip, ...] = ()
     for width in WIDTHS_PX:
         shown = tuple(_within(strips, width, budget_bytes))
         if len(shown) == len(strips):
             return shown
-    return shown if strips else ()
+    return shown
 
 
 def _within(strips: Sequence[FrameStrip], width: int, budget_bytes: int) -> Iterator[ShownStrip]:
@@ -62,7 +64,7 @@ def _within(strips: Sequence[FrameStrip], width: int, budget_bytes: int) -> Iter
 
 
 def _shown(strip: FrameStrip, width: int) -> ShownStrip:
-    picked = _evenly(len(strip.before), FRAMES_SHOWN)
+    picked = _evenly(min(len(strip.before), len(strip.after)), FRAMES_SHOWN)
     before, after = (_resized(video[picked], width) for video in (strip.before, strip.after))
     return ShownStrip(
         prompt=strip.prompt,

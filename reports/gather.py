@@ -100,10 +100,12 @@ class StripCell:
 def strip(policy: Policy, profile: Profile) -> tuple[StripCell, ...]:
     """Return a policy's action per step; empty where it is only decided at run time."""
     sigmas = {seen.step: seen.sigma for seen in profile.redundancy}
+    actions: tuple[Action, ...]
     if isinstance(policy.cache, MaskCache):
         actions = policy.cache.actions
     elif policy.cache is None and policy.handoff is not None:
-        actions = ("full",) * profile.workload.steps
+        full: Action = "full"
+        actions = (full,) * profile.workload.steps
     else:
         return ()
     below = policy.handoff.sigma if policy.handoff is not None else None
@@ -143,11 +145,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Scatter:
-    """Every trial that has both numbers, and how the chosen policy did."""
+    """Every listed trial that has both numbers, and how the chosen policy did."""
 
     constraint: Constraint | None  # whose metric is the vertical axis
     points: tuple[Point, ...]
-    left_out: int  # trials without a speedup or without this metric
+    left_out: int  # of the trials listed, those without a speedup or without this metric
     ringed: Point | None  # the trial of the chosen policy, as the search saw it
     confirmed: tuple[Interval, float] | None  # its speedup and quality on unseen prompts
 
@@ -155,14 +157,15 @@ class Scatter:
 def scatter(content: ReportContent) -> Scatter:
     """Return the trials as points of speedup against the first quality that was asked for."""
     constraint = shown_constraint(content.study)
-    points = [_point(trial, constraint) for trial in content.trials] if constraint else []
+    trials = listed(content.trials)
+    points = [_point(trial, constraint) for trial in trials] if constraint else []
     placed = tuple(point for point in points if point is not None)
     wanted = content.chosen.policy_id if content.chosen is not None else None
     own = [p for p in placed if p.trial.policy.id == wanted and p.trial.source != "confirmation"]
     return Scatter(
         constraint=constraint,
         points=placed,
-        left_out=len(content.trials) - len(placed),
+        left_out=len(trials) - len(placed),
         ringed=own[0] if own else None,
         confirmed=_confirmed(content.chosen, constraint),
     )
@@ -172,7 +175,7 @@ def shown_constraint(study: Study) -> Constraint | None:
     """Return the constraint that the scatter shows: mean PSNR, or else the first."""
     constraints = study.settings.constraints
     psnr = [c for c in constraints if c.name == "psnr"]
-    return (psnr or [*constraints, None])[0]
+    return next(iter([*psnr, *constraints]), None)
 
 
 def verdict(trial: Trial) -> Verdict:

@@ -44,17 +44,17 @@ def render(content: ReportContent) -> str:
     """
     scripts = [_asset(name) for name in _SCRIPTS]
     drawn = charts.charts(content)
-    page: str = _environment().get_template("page.html").render(
+    template = _environment().get_template("page.html")
+    return template.render(
         csp=_security_policy(scripts),
-        style=Markup(_asset("page.css")),  # noqa: S704 - our own file
-        scripts=[Markup(script) for script in scripts],  # noqa: S704 - our own files
+        style=Markup(_asset("page.css")),
+        scripts=[Markup(script) for script in scripts],
         plots={"config": _PLOT_CONFIG, "figures": {k: c.figure for k, c in drawn.items()}},
         charts=drawn,
         version=__version__,
         **_result(content),
         **_evidence(content),
     )
-    return page
 
 
 def write(content: ReportContent, path: Path) -> None:
@@ -112,6 +112,7 @@ def _evidence(content: ReportContent) -> dict[str, Any]:
         "fewer_rows": gather.quality_rows(settings, (fewer.quality or {}) if fewer else {}),
         "strips": shown_strips(content.frames),
         "strips_given": len(content.frames),
+        "profile_words": summary.profile_in_words(content.profile),
         "trials": charts.trials_table(content),
         "trials_given": len(content.trials),
         "groups": summary.conditions(content),
@@ -154,7 +155,7 @@ def _readable(value: object) -> object:
 
 
 def _asset(name: str) -> str:
-    """Return a file of the templates folder; reading as text makes all line ends a plain newline."""
+    """Return a file of the templates folder, with plain newlines as browsers hash them."""
     return (_TEMPLATES / name).read_text(encoding="utf-8")
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ditune.db.records import Evidence, Policy, Record, Status, Trial, Workload
+from ditune.db.records import Evidence, Policy, Profile, Record, Status, Trial, Workload
 from ditune.reports import gather
 from ditune.reports.charts import ending
 from ditune.reports.content import ReportContent
-from ditune.reports.words import duration, factor, interval, metric_label, number, policy_in_words
+from ditune.reports.words import duration, factor, interval, metric_label, number
 
 STATUS_WORDS: dict[Status, str] = {
     "measured": "run and timed on this hardware",
@@ -50,15 +50,16 @@ def summary(content: ReportContent) -> str:
     return (
         f"{tuned} With the policy below one call takes {duration(evidence.tuned_ms)} instead of "
         f"{duration(evidence.baseline_ms)}: {factor(speedup.median)} as fast, 95 % interval "
-        f"{interval(speedup)} over {speedup.n} interleaved pairs. {_against_floors(content, evidence)} "
+        f"{interval(speedup)} over {speedup.n} interleaved pairs. "
+        f"{_against_floors(content, evidence)} "
         f"Status: {evidence.status}, that is {STATUS_WORDS[evidence.status]}."
     )
 
 
 def output_of(workload: Workload) -> str:
-    """Say what one call generates: "480 × 832 px, 81 frames, 50 steps"."""
+    """Say what one call generates: its size, frames and steps."""
     frames = f"{workload.frames} frames, " if workload.frames > 1 else ""
-    return f"{workload.width} × {workload.height} px, {frames}{workload.steps} steps"
+    return f"{workload.width} \u00d7 {workload.height} px, {frames}{workload.steps} steps"
 
 
 def best_seen_in_words(content: ReportContent) -> str:
@@ -70,12 +71,13 @@ def best_seen_in_words(content: ReportContent) -> str:
     return said + _why_not(content, best)
 
 
-def best_seen_policy(content: ReportContent) -> str | None:
-    """Say what the policy of the trial that came nearest does; None if there is none."""
-    best = gather.best_seen(content)
-    if best is None:
-        return None
-    return policy_in_words(best.policy, content.study.settings.workload.steps)
+def profile_in_words(profile: Profile) -> str:
+    """Say what one call of the plain pipeline costs, and on how much that rests."""
+    prompts = "1 prompt" if profile.prompts == 1 else f"{profile.prompts} prompts"
+    return (
+        f"One call takes {duration(profile.total_ms)} in the median over {prompts}. "
+        f"Status of this section: {profile.status}."
+    )
 
 
 def steps_in_words(policy: Policy, content: ReportContent) -> str:
@@ -124,8 +126,8 @@ def _nothing_held(content: ReportContent) -> str:
     )
     return (
         f"Of {len(content.trials)} trials no policy held the floors ({floors}) and was certainly "
-        "faster on prompts that the search never saw, so the plain pipeline stays as it is. That is "
-        "a result, not a failure."
+        "faster on prompts that the search never saw, so the plain pipeline stays as it is. That "
+        "is a result, not a failure."
     )
 
 
@@ -138,12 +140,18 @@ def _why_not(content: ReportContent, trial: Trial) -> str:
         for c in content.study.settings.constraints
         if trial.violation.get(c.name, 0.0) > 0 and c.name in trial.quality
     ]
-    return f"It missed: {', '.join(missed)}." if missed else f"Result: {ending(trial)}."
+    if not missed:
+        return f"Result: {ending(trial)}."
+    # a value above its floor can miss it: the search asks for one standard error more
+    said = ", ".join(missed)
+    return f"With the margin of one standard error that a search keeps, it missed: {said}."
 
 
 def _rows(record: Record) -> tuple[tuple[str, str], ...]:
     values = record.model_dump()
-    rows = [(_UNITS.get(name, name.replace("_", " ")), _value(name, v)) for name, v in values.items()]
+    rows = [
+        (_UNITS.get(name, name.replace("_", " ")), _value(name, v)) for name, v in values.items()
+    ]
     return tuple((name, value) for name, value in rows if value)
 
 

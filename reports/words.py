@@ -33,11 +33,19 @@ _PLURAL: dict[Action, str] = {
     "block": "reuse the middle blocks",
 }
 _GRANULARITY = {"step": "the whole step", "cfg": "guidance", "block": "the middle blocks"}
-_METRICS = {"psnr": "PSNR", "ssim": "SSIM", "vmaf": "VMAF", "lpips": "LPIPS", "judge": "judge score"}
+_METRICS = {
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "vmaf": "VMAF",
+    "lpips": "LPIPS",
+    "judge": "judge score change",
+}
 _UNITS = {"psnr": "dB"}
 # These reorder the text around them, so a name could be made to read as another one.
 _REORDERING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _SECOND_MS = 1000.0
+_THREE_DIGITS = 999.5  # from here on three significant digits would be written as 1e+03
+_FOUR_DIGITS = 9999.5
 _LONG_MS = 10_000.0
 
 
@@ -72,7 +80,7 @@ def policy_in_brief(policy: Policy) -> str:
         rule = policy.cache
         said.append(
             f"rule: delta {number(rule.delta2)}, interval {rule.interval_init} to "
-            f"{rule.interval_max}, {' and '.join(rule.allowed)}"
+            f"{rule.interval_max}, {', '.join(rule.allowed)}"
         )
     if policy.handoff is not None:
         said.append(f"hand-off below sigma {number(policy.handoff.sigma)}")
@@ -103,7 +111,7 @@ def unit_of(constraint: Constraint) -> str:
 
 def number(value: float) -> str:
     """Return a number with four significant digits and no needless zeros."""
-    return f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= _FOUR_DIGITS else f"{value:.4g}"
 
 
 def factor(value: float) -> str:
@@ -120,7 +128,9 @@ def duration(milliseconds: float) -> str:
     """Return a time in the unit that reads best, three significant digits."""
     if milliseconds >= _LONG_MS:
         return f"{milliseconds / _SECOND_MS:.1f} s"
-    return f"{milliseconds:,.0f} ms" if milliseconds >= _SECOND_MS else f"{milliseconds:.3g} ms"
+    if milliseconds >= _THREE_DIGITS:
+        return f"{milliseconds:,.0f} ms"
+    return f"{milliseconds:.3g} ms"
 
 
 def visible(text: str) -> str:
@@ -158,8 +168,8 @@ def _rule(rule: RuleCache, steps: int | None) -> list[str]:
     pick = ", whichever has changed least" if len(rule.allowed) > 1 else ""
     return [
         f"What to reuse is decided while it runs. {_protected(rule, steps)} in full; of the others "
-        f"one in {rule.interval_init} at first, and down to one in {rule.interval_max} while little "
-        "changes.",
+        f"one in {rule.interval_init} at first, and down to one in {rule.interval_max} while "
+        "little changes.",
         f"More are computed when reuse would have changed a full step by more than "
         f"{number(rule.delta2)}, fewer below {number(rule.delta1_ratio * rule.delta2)}; "
         f"the rest reuse {reused}{pick}.",
@@ -178,10 +188,9 @@ def _protected(rule: RuleCache, steps: int | None) -> str:
 
 
 def _span(cache: MaskCache | RuleCache) -> str:
-    front = f"{cache.fn_blocks} at the front" if cache.fn_blocks else ""
-    back = f"{cache.bn_blocks} at the back" if cache.bn_blocks else ""
-    kept = " and ".join(part for part in (front, back) if part) or "none"
-    return f"Where the middle blocks are reused, these still run: {kept}."
+    ends = (("first", cache.fn_blocks), ("last", cache.bn_blocks))
+    kept = [f"the {end} {f'{n} blocks' if n > 1 else 'block'}" for end, n in ends if n]
+    return f"Steps that reuse the middle blocks still run {' and '.join(kept) or 'no block'}."
 
 
 def _payload(payload: Payload) -> str:

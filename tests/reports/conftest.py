@@ -235,11 +235,13 @@ def strips(prompts: tuple[str, ...], size: tuple[int, int, int] = (5, 24, 40)) -
     return tuple(made)
 
 
-def build(*, found: bool = True, hostile: bool = False, policy: Policy | None = None) -> ReportContent:
+def build(
+    *, found: bool = True, hostile: bool = False, policy: Policy | None = None
+) -> ReportContent:
     """Return the content of a page."""
     name = HOSTILE[0] + HOSTILE[4] if hostile else "WanPipeline"
     device = HOSTILE[1] + HOSTILE[5] if hostile else "NVIDIA H100 80GB HBM3"
-    asked = CONSTRAINTS
+    asked = CONSTRAINTS if found else (CONSTRAINTS[0].model_copy(update={"floor": 60.0}),)
     settings = Settings(
         hardware=hardware(device),
         software=software(),
@@ -252,8 +254,7 @@ def build(*, found: bool = True, hostile: bool = False, policy: Policy | None = 
     study = Study(name="study-0123456789abcdef", settings=settings, created_at=NOW)
     tried = trials()
     if not found:
-        low = {"psnr": 0.1, "psnr_worst": 0.2, "judge": -0.5}
-        tried = tuple(t if t.source == "baseline" else _with(t, violation=low) for t in tried)
+        tried = tuple(_missing(t) for t in tried)
     if hostile:
         tried = tuple(_with(t, reason=HOSTILE[t.number % len(HOSTILE)]) for t in tried)
     prompts = HOSTILE if hostile else ("a red ball rolls over a green lawn", "a fox in the snow")
@@ -267,9 +268,15 @@ def build(*, found: bool = True, hostile: bool = False, policy: Policy | None = 
         profile=profile(name, device, HOSTILE[2] if hostile else "transformer"),
         trials=tried,
         chosen=policy_file(policy or mask(), study) if found else None,
-        frames=strips(prompts),
+        frames=strips(prompts) if found else (),
         fewer_steps=fewer if found else None,
     )
+
+
+def _missing(trial: Trial) -> Trial:
+    """Return the trial as it looks under a floor of 60 dB."""
+    miss = {"psnr": (60.0 - trial.quality["psnr"].mean) / 60.0}
+    return _with(trial, violation=miss)
 
 
 def _with(trial: Trial, **changes: object) -> Trial:

@@ -17,10 +17,10 @@ app = typer.Typer(no_args_is_help=True, help="Upgrade, check and back up the dat
 @app.command("upgrade")
 def upgrade(db: sources.Database = None) -> None:
     """Bring the database to this version's schema; a copy is kept beside it."""
-    from ditune.db import store
+    from ditune.db import migrate
 
     url = sources.database_url(db)
-    store.upgrade(url)
+    migrate.upgrade(url)
     Console().print(f"up to date: {escape(url)}")
 
 

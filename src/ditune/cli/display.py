@@ -98,6 +98,10 @@ def _table(result: Result) -> Table:
         value = quality.worst if name.endswith("_worst") else quality.mean
         bound = "  (binds)" if name == evidence.bound_by else ""
         table.add_row(name, "", f"{value:.2f}", f">= {quality.floor:g}{bound}")
+    fewer = result.fewer_steps
+    if fewer is not None:
+        speedup = f"{fewer.speedup.median:.2f}x" if fewer.speedup else "1.00x"
+        table.add_row("fewest steps", "", speedup, f"{fewer.steps} steps hold the same floors")
     counts = _trial_counts(result)
     table.add_row("trials", "", str(counts["total"]), f"{counts['feasible']} held the floors")
     return table

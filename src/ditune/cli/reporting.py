@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ditune.reports.content import FrameStrip, ReportContent
+from ditune.reports.content import FewerSteps, FrameStrip, ReportContent
 from ditune.tuner.session import Result
 
 
@@ -19,8 +19,15 @@ def content_of(result: Result) -> ReportContent:
             FrameStrip(pair.prompt, _eight_bit(pair.plain), _eight_bit(pair.tuned))
             for pair in result.frames
         ),
-        fewer_steps=None,
+        fewer_steps=_fewer_steps(result),
     )
+
+
+def _fewer_steps(result: Result) -> FewerSteps | None:
+    found = result.fewer_steps
+    if found is None:
+        return None
+    return FewerSteps(found.steps, found.speedup, found.quality or None)
 
 
 def _eight_bit(video: np.ndarray) -> np.ndarray:

@@ -82,7 +82,8 @@ def run(
 
 def _run(asked: dict[str, Any], resume: str | None, json_output: bool) -> None:
     """Do the work of the command with its arguments in one place."""
-    from ditune.db.store import Store, study_storage_url
+    from ditune.db.engine import study_storage_url
+    from ditune.db.store import Store
     from ditune.tuner.quality import parse_constraints
     from ditune.tuner.session import Session
 

@@ -1,0 +1,193 @@
+"""The command line as a user meets it: exit codes, sentences, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from ditune.cli.main import app, main
+from ditune.db.errors import DituneError
+
+runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def own_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("DITUNE_DB", str(tmp_path / "default.db"))
+    yield
+
+
+def tune(
+    *arguments: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, str, str]:
+    """Run `tune` through its real edge; returns exit code, standard output, standard error."""
+    monkeypatch.setattr("sys.argv", ["tune", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+        raise SystemExit(0)
+    seen = capsys.readouterr()
+    code = stopped.value.code
+    return (0 if code is None else int(code)), seen.out, re.sub(r"\s+", " ", seen.err)
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    def call(*arguments: str) -> tuple[int, str, str]:
+        return tune(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run"], "say what to tune"),
+        (["run", "model", "--miniature"], "say what to tune"),
+        (["run", "/nowhere/model"], "needs prompts"),
+        (["run", "/nowhere/model", "--prompts", "{prompts}"], "no model folder at /nowhere/model"),
+        (["run", "{folder}", "--prompts", "{prompts}"], "no model_index.json"),
+        (["run", "{folder}", "--prompts", "{empty}"], "is empty"),
+        (["run", "{folder}", "--prompts", "/nowhere.txt"], "cannot read the prompt file"),
+        (["run", "--miniature", "--prompts", "{prompts}"], "brings its own prompts"),
+        (["run", "--miniature", "--quality", "beauty>=1"], "unknown metric 'beauty'"),
+        (["run", "--miniature", "--quality", "psnr=35"], "METRIC>=NUMBER"),
+        (["run", "--miniature", "--out", "{file}/out"], "cannot write the report"),
+        (["run", "--miniature", "--out", "{out}", "--db", "{file}/x.db"], "{file}"),
+        (["run", "--resume", "study-none"], "no study 'study-none'"),
+        (["policy", "verify", "/nowhere.json"], "cannot read the policy file"),
+        (["policy", "show", "abc"], "tune policy list"),
+        (["report"], "holds no study yet"),
+    ],
+)
+def test_what_the_caller_must_correct_is_one_sentence_and_exit_2(
+    command: Any, tmp_path: Path, arguments: list[str], says: str
+) -> None:
+    places = {
+        "prompts": tmp_path / "prompts.txt",
+        "empty": tmp_path / "empty.txt",
+        "folder": tmp_path / "folder",
+        "file": tmp_path / "file",
+        "out": tmp_path / "out",
+    }
+    places["prompts"].write_text("\n".join(f"prompt {i}" for i in range(9)))
+    places["empty"].write_text("\n \n")
+    places["folder"].mkdir()
+    places["file"].write_text("in the way")
+    code, out, err = command(*(argument.format(**places) for argument in arguments))
+    assert 2 == code, err
+    assert says.format(**places) in err
+    assert "Traceback" not in err
+    assert "" == out
+    assert not list(tmp_path.rglob("*.html"))
+    assert not list(tmp_path.rglob("policy.json"))
+
+
+def test_a_model_with_too_few_prompts_is_refused(command: Any, tmp_path: Path) -> None:
+    folder, prompts = tmp_path / "model", tmp_path / "prompts.txt"
+    folder.mkdir()
+    (folder / "model_index.json").write_text("{}")
+    prompts.write_text("one\ntwo\n")
+    code, _, err = command("run", str(folder), "--prompts", str(prompts))
+    assert (2, True) == (code, "at least 8 prompts" in err)
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(command: Any, tmp_path: Path) -> None:
+    folder, prompts = tmp_path / "model", tmp_path / "prompts.txt"
+    folder.mkdir()
+    (folder / "model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
+    prompts.write_text("\n".join(f"prompt {i}" for i in range(9)))
+    code, _, err = command("run", str(folder), "--prompts", str(prompts))
+    assert (2, True) == (code, "cannot load a pipeline" in err)
+
+
+def test_usage_errors_exit_2(command: Any) -> None:
+    assert 2 == command("run", "--no-such-option")[0]
+    assert 2 == command("run", "--miniature", "--trials", "0")[0]
+
+
+def test_a_damaged_policy_file_exits_6(command: Any, tmp_path: Path) -> None:
+    damaged = tmp_path / "policy.json"
+    damaged.write_text('{"schema_version": 1}')
+    code, _, err = command("policy", "verify", str(damaged))
+    assert 6 == code
+    assert str(damaged) in err.replace(" ", "")
+
+
+def test_a_damaged_database_exits_6(command: Any, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.db"
+    damaged.write_bytes(b"this is no database" * 400)
+    assert 6 == command("db", "check", "--db", str(damaged))[0]
+    assert 6 == command("policy", "list", "--db", str(damaged))[0]
+
+
+def test_an_empty_database_lists_nothing(command: Any) -> None:
+    assert (0, True) == (command("policy", "list")[0], "no policies yet" in command("policy", "list")[1])
+    code, out, _ = command("policy", "list", "--json")
+    assert {"schema": "ditune/policies-1", "policies": []} == json.loads(out)
+    code, out, _ = command("db", "check", "--json")
+    assert (0, 0) == (code, json.loads(out)["policies"])
+
+
+def test_backup_and_upgrade(command: Any, tmp_path: Path) -> None:
+    command("db", "check")
+    assert 0 == command("db", "backup", str(tmp_path / "copy.db"))[0]
+    assert 0 == command("db", "upgrade", "--db", str(tmp_path / "copy.db"))[0]
+    assert 0 == command("db", "check", "--db", str(tmp_path / "copy.db"))[0]
+
+
+def test_doctor_prints_the_fingerprint(command: Any) -> None:
+    code, out, _ = command("doctor", "--json")
+    seen = json.loads(out)
+    assert code == (5 if seen["findings"] else 0)
+    assert "cpu" == seen["hardware"]["kind"] or "cuda" == seen["hardware"]["kind"]
+    assert seen["software"]["torch"]
+    assert command("doctor")[0] == code
+
+
+def test_version(command: Any) -> None:
+    from ditune import __version__
+
+    assert (0, f"ditune {__version__}\n") == command("--version")[:2]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["run"],
+        ["profile"],
+        ["report"],
+        ["doctor"],
+        ["policy"],
+        ["policy", "list"],
+        ["policy", "show"],
+        ["policy", "verify"],
+        ["policy", "export"],
+        ["policy", "import"],
+        ["db"],
+        ["db", "upgrade"],
+        ["db", "check"],
+        ["db", "backup"],
+    ],
+)
+def test_every_command_has_help(arguments: list[str]) -> None:
+    shown = runner.invoke(app, [*arguments, "--help"])
+    assert 0 == shown.exit_code
+    assert "Usage" in shown.output
+    first = shown.output.split("Usage", 1)[1].splitlines()[2:]
+    assert any(line.strip(" │").endswith((".", "(exit 6 if it is damaged).", ").")) for line in first)
+
+
+def test_every_error_has_an_exit_code_of_the_contract() -> None:
+    def tree(kind: type[DituneError]) -> Iterator[type[DituneError]]:
+        yield kind
+        for child in kind.__subclasses__():
+            yield from tree(child)
+
+    assert {kind.exit_code for kind in tree(DituneError)} <= {1, 2, 3, 4, 5, 6, 130}

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from ditune.db.digest import canonical, digest
+from ditune.db.records import Handoff, Interval, MaskCache, Payload, Policy, RuleCache
+
+
+def test_equal_policies_have_one_id_and_others_another() -> None:
+    first = Policy(cache=MaskCache(actions=("full", "step")))
+    again = Policy.model_validate_json('{"cache": {"actions": ["full", "step"], "kind": "mask"}}')
+    assert first == again
+    assert first.id == again.id == digest(again)
+    assert first.id != Policy(cache=MaskCache(actions=("full", "cfg"))).id
+
+
+def test_ids_leave_out_what_is_absent() -> None:
+    assert b"{}" == canonical(Policy())
+    assert b'{"handoff":{"mode":"static","sigma":0.5}}' == canonical(
+        Policy(handoff=Handoff(sigma=0.5))
+    )
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: MaskCache(actions=("step",)),
+        lambda: MaskCache(actions=()),
+        lambda: MaskCache(actions=("full", "skip")),  # type: ignore[arg-type]
+        lambda: RuleCache(delta2=0.0),
+        lambda: RuleCache(delta2=float("nan")),
+        lambda: RuleCache(delta1_ratio=1.0),
+        lambda: RuleCache(allowed=()),
+        lambda: Payload(order=2),
+        lambda: Handoff(sigma=-1.0),
+        lambda: Handoff(sigma=float("inf")),
+        lambda: Interval(median="1", ci95=(1.0, 1.0), n=1),  # type: ignore[arg-type]
+        lambda: Policy(speed=3),  # type: ignore[call-arg]
+    ],
+)
+def test_what_makes_no_sense_cannot_be_built(build: object) -> None:
+    assert callable(build)
+    with pytest.raises(ValidationError):
+        build()
+
+
+def test_records_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Payload().order = 0  # type: ignore[misc]

@@ -1,0 +1,153 @@
+"""The page as text, and as a file."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+from plotly.offline import get_plotlyjs_version
+
+from ditune.db.errors import DituneError, UsageFault
+from ditune.reports import page
+from ditune.reports.content import FrameStrip, ReportContent
+
+Build = Callable[..., ReportContent]
+MEGABYTE = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def templates() -> Path:
+    return Path(page.__file__).parent / "templates"
+
+
+def text_of(html: str) -> str:
+    """Return what a person reads, without the markup and on one line."""
+    body = re.sub(r"<(script|style).*?</\1>", "", html, flags=re.DOTALL)
+    return " ".join(unescape(re.sub(r"<[^>]+>", " ", body)).split())
+
+
+def test_summary_says_what_where_how_fast_and_how_good(content: ReportContent) -> None:
+    said = text_of(page.render(content))
+    for part in (
+        "WanPipeline was tuned on NVIDIA H100 80GB HBM3 (832 \u00d7 480 px, 81 frames, 50 steps).",
+        "10.1 s instead of 18.9 s: 1.87x as fast, 95 % interval 1.81x to 1.93x over 48 ",
+        "PSNR 31.12 dB (floor 30), PSNR of the worst prompt 26.4 dB (floor 25)",
+        "Status: measured",
+        "Of 50 steps 23 run in full",
+        "32 instead of 50 steps",
+        "4f1c2ab7d09e3c5586f1b2a4c7d8e9f001122334",
+        "seed 1234",
+        "One call takes 18.9 s in the median over 4 prompts. Status of this section: measured.",
+    ):
+        assert part in said
+
+
+def test_no_policy_is_a_result(build: Build) -> None:
+    said = text_of(page.render(build(found=False)))
+    assert "WanPipeline: no policy held the floors" in said
+    assert "no feasible policy" in said
+    assert re.search(r"The best seen Trial \d+ came nearest: 1\.\d+x as fast in the search", said)
+    assert "it missed: PSNR" in said
+    assert "Before and after" not in said
+
+
+def test_a_broken_floor_is_not_called_held(content: ReportContent) -> None:
+    assert content.chosen is not None
+    evidence = content.chosen.evidence
+    low = evidence.quality["psnr"].model_copy(update={"mean": 29.0})
+    worse = evidence.model_copy(
+        update={"quality": {**evidence.quality, "psnr": low}, "status": "simulated"}
+    )
+    chosen = content.chosen.model_copy(update={"evidence": worse})
+    said = text_of(page.render(replace(content, chosen=chosen)))
+    assert "every floor held" not in said
+    assert "Not held: PSNR." in said
+    assert "Status: simulated" in said
+
+
+def test_a_study_without_trials_still_has_a_page(build: Build) -> None:
+    empty = replace(build(found=False), trials=())
+    assert "No trial ran to its end" in text_of(page.render(empty))
+
+
+def test_a_profile_without_figures_still_has_a_page(content: ReportContent) -> None:
+    profile = content.profile.model_copy(update={"layers": (), "redundancy": ()})
+    html = page.render(replace(content, profile=profile))
+    assert 'data-chart="trials"' in html
+    assert 'data-chart="redundancy"' not in html
+
+
+def test_scripts_are_those_whose_hashes_are_allowed(content: ReportContent) -> None:
+    html = page.render(content)
+    allowed = re.search(r"script-src ([^\"]+)", html)
+    assert allowed is not None
+    policy = unescape(allowed[1])
+    assert "unsafe" not in policy
+    scripts = re.findall(r"<script>(.*?)</script>", html, flags=re.DOTALL)
+    hashes = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts]
+    assert [f"'sha256-{found}'" for found in hashes] == policy.split()
+
+
+def test_plotly_has_the_major_version_that_checks_the_figures(templates: Path) -> None:
+    header = (templates / "plotly-cartesian.min.js").read_text(encoding="utf-8")[:200]
+    found = re.search(r"v(\d+)\.", header)
+    assert found is not None
+    assert get_plotlyjs_version().split(".")[0] == found[1]
+    assert "MIT" in header
+    assert "MIT License" in (templates / "plotly-cartesian.LICENSE.txt").read_text("utf-8")
+
+
+def test_a_page_is_small(build: Build) -> None:
+    content = build()
+    many = tuple(content.trials[2].model_copy(update={"number": n}) for n in range(1200))
+    noise = np.random.default_rng(0).integers(0, 256, (8, 90, 160, 3), dtype=np.uint8)
+    frames = tuple(FrameStrip(f"prompt {n}", noise, noise) for n in range(4))
+    html = page.render(replace(content, trials=many, frames=frames))
+    assert len(html.encode()) <= 3 * MEGABYTE
+    assert "the best 500 of 1200" in text_of(html)
+
+
+def test_write_replaces_and_leaves_no_draft(content: ReportContent, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    page.write(content, path)
+    assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert [path] == list(tmp_path.iterdir())
+
+
+def test_a_missing_folder_is_the_callers_fault(content: ReportContent, tmp_path: Path) -> None:
+    with pytest.raises(UsageFault, match="existing folder"):
+        page.write(content, tmp_path / "nowhere" / "report.html")
+
+
+def test_a_folder_in_place_of_the_file(content: ReportContent, tmp_path: Path) -> None:
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(UsageFault, match=r"report\.html"):
+        page.write(content, tmp_path / "report.html")
+    assert [tmp_path / "report.html"] == list(tmp_path.iterdir())
+
+
+def test_a_full_disk_keeps_the_old_report(
+    content: ReportContent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(draft: Path, data: bytes) -> int:
+        with draft.open("wb") as file:
+            file.write(data[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DituneError, match="No space left") as caught:
+        page.write(content, path)
+    assert not isinstance(caught.value, UsageFault)
+    assert path.read_text() == "old"
+    assert [path] == list(tmp_path.iterdir())

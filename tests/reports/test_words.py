@@ -1,0 +1,106 @@
+"""Policies and foreign text in words."""
+
+from __future__ import annotations
+
+import pytest
+
+from ditune.db.records import Handoff, MaskCache, Payload, Policy, RuleCache
+from ditune.reports import words
+
+
+def test_mask_is_said_in_counts() -> None:
+    full, step, cfg, _ = words.ACTIONS
+    actions = (full,) * 21 + (step,) * 24 + (cfg,) * 5
+    policy = Policy(cache=MaskCache(actions=actions, payload=Payload(order=0)))
+    expected = (
+        "Of 50 steps 21 run in full, 24 reuse the whole step, 5 reuse guidance. "
+        "What is left out repeats the last output."
+    )
+    assert expected == words.policy_in_words(policy)
+
+
+def test_one_is_not_plural() -> None:
+    mask = MaskCache(actions=("full", "block"), fn_blocks=2, bn_blocks=1)
+    said = words.policy_in_words(Policy(cache=mask))
+    assert "Of 2 steps 1 runs in full, 1 reuses the middle blocks." in said
+    assert "still run the first 2 blocks and the last block." in said
+
+
+def test_rule_is_said_with_its_thresholds() -> None:
+    rule = RuleCache(delta2=0.1, delta1_ratio=0.4, warmup_frac=0.2, cooldown_steps=1)
+    said = words.policy_in_words(Policy(cache=rule), steps=50)
+    assert "The first 10 of 50 steps and the last one run in full" in said
+    assert "one in 2 at first, and down to one in 6" in said
+    assert "by more than 0.1, fewer below 0.04" in said
+
+
+@pytest.mark.parametrize(
+    ("warmup", "cooldown", "expected"),
+    [
+        (0.0, 0, "The first 2 of 50 steps run in full"),  # the trigger needs two to compare
+        (0.21, 3, "The first 11 of 50 steps and the last 3 run in full"),  # rounded up
+    ],
+)
+def test_rule_counts_steps_as_the_trigger_does(warmup: float, cooldown: int, expected: str) -> None:
+    rule = RuleCache(warmup_frac=warmup, cooldown_steps=cooldown)
+    assert expected in words.policy_in_words(Policy(cache=rule), steps=50)
+
+
+def test_rule_without_step_count_says_a_share() -> None:
+    assert "The first 20% of the steps" in words.policy_in_words(Policy(cache=RuleCache()))
+
+
+def test_handoff_and_nothing() -> None:
+    handoff = Policy(handoff=Handoff(sigma=0.6))
+    assert words.policy_in_words(handoff) == "The small model takes over below sigma 0.6."
+    assert words.policy_in_words(Policy()) == "The plain pipeline: nothing is left out."
+    assert words.policy_in_brief(handoff) == "hand-off below sigma 0.6"
+    assert words.policy_in_brief(Policy()) == "plain pipeline"
+
+
+def test_brief_names_only_what_occurs() -> None:
+    mask = Policy(cache=MaskCache(actions=("full", "step", "step")))
+    assert words.policy_in_brief(mask) == "mask: 1 full, 2 step"
+    rule = Policy(cache=RuleCache(allowed=("step", "cfg")))
+    assert words.policy_in_brief(rule) == "rule: delta 0.1, interval 2 to 6, step, cfg"
+
+
+@pytest.mark.parametrize(
+    ("foreign", "expected"),
+    [
+        ("\x1b[31mred", "\\x1b[31mred"),
+        ("a\u202eb\u2066", "a\\u202eb\\u2066"),
+        ("\ud800", "\\ud800"),
+        ("\x00\x85", "\\x00\\x85"),
+        ("两\n\t👩‍🚀 שלום", "两\n\t👩‍🚀 שלום"),
+    ],
+)
+def test_what_acts_becomes_visible_and_the_rest_stays(foreign: str, expected: str) -> None:
+    assert expected == words.visible(foreign)
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "expected"),
+    [
+        (0.01234, "0.0123 ms"),
+        (812.4, "812 ms"),
+        (999.7, "1,000 ms"),
+        (1234.5, "1,234 ms"),
+        (18_930, "18.9 s"),
+    ],
+)
+def test_durations(milliseconds: float, expected: str) -> None:
+    assert expected == words.duration(milliseconds)
+
+
+def test_shortened() -> None:
+    assert words.shortened("short", 5) == "short"
+    assert words.shortened("longer", 4) == "lon…"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(31.1249, "31.12"), (30.0, "30"), (-0.0021, "-0.0021"), (12345.6, "12,346")],
+)
+def test_numbers(value: float, expected: str) -> None:
+    assert expected == words.number(value)
