@@ -7,7 +7,6 @@ to give; a `Match` is what a lookup answers.
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -49,7 +48,7 @@ class Hardware(Record):
     driver: Name | None = None
     cuda_runtime: Name | None = None
 
-    @cached_property
+    @property  # never cached: a cached key would travel along with `model_copy(update=...)`
     def key(self) -> str:
         """The digest that policies are stored under."""
         return digest(self)
@@ -64,7 +63,7 @@ class Software(Record):
     transformers: Name
     ditune: Name
 
-    @cached_property
+    @property
     def key(self) -> str:
         """The digest of all versions."""
         return digest(self)
@@ -92,7 +91,7 @@ class Workload(Record):
     attention_backend: Name
     compile_mode: Name | None = None
 
-    @cached_property
+    @property
     def key(self) -> str:
         """The digest that policies are stored under."""
         return digest(self)
@@ -218,7 +217,7 @@ class Policy(Record):
     cache: CachePolicy | None = None
     handoff: Handoff | None = None
 
-    @cached_property
+    @property
     def id(self) -> str:
         """The content address of the policy."""
         return digest(self)
@@ -309,7 +308,7 @@ class Settings(Record):
     seed: int
     space: Digest  # of the search space's description
 
-    @cached_property
+    @property
     def study(self) -> str:
         """The study's name: a digest of all settings, shortened."""
         return "study-" + digest(self).removeprefix("sha256:")[:16]

@@ -20,7 +20,8 @@ from ditune.db.records import (
     Study,
     Trial,
 )
-from ditune.db.store import Store, study_storage_url
+from ditune.db.engine import study_storage_url
+from ditune.db.store import Store
 from ditune.profiler.record import profile as record_profile
 from ditune.tuner.confirm import Confirmation, confirm
 from ditune.tuner.evaluate import Case, Evaluator, cases_of

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from ditune.db.records import (
 from ditune.db.store import Store
 
 MakeFile = Callable[..., PolicyFile]
+ReadOnly = Callable[[Path], AbstractContextManager[None]]
 HARDWARE = Hardware(
     device_name="Test CPU", kind="cpu", capability="avx512", cores=2, memory_bytes=1 << 30
 )
@@ -70,7 +74,7 @@ def make_file() -> MakeFile:
 
     def make(last: str = "step", **changes: Any) -> PolicyFile:
         policy = Policy(cache=MaskCache(actions=("full", "full", "step", last)))  # type: ignore[arg-type]
-        parts = {
+        parts: dict[str, Any] = {
             "policy_id": policy.id,
             "hardware": HARDWARE,
             "software": SOFTWARE,
@@ -86,6 +90,36 @@ def make_file() -> MakeFile:
 @pytest.fixture
 def database(tmp_path: Path) -> Path:
     return tmp_path / "policies.db"
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """Return a folder that any user may enter, unlike `tmp_path`."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
+        folder.chmod(0o755)
+
+
+@pytest.fixture
+def read_only() -> ReadOnly:
+    """Return a block in which a folder cannot be written, not even if root runs the tests."""
+
+    @contextmanager
+    def block(folder: Path) -> Iterator[None]:
+        root = os.geteuid() == 0
+        folder.chmod(0o555)
+        if root:
+            os.seteuid(65534)
+        try:
+            yield
+        finally:
+            if root:
+                os.seteuid(0)
+            folder.chmod(0o755)
+
+    return block
 
 
 @pytest.fixture

@@ -16,9 +16,10 @@ def test_equal_policies_have_one_id_and_others_another() -> None:
 
 
 def test_ids_leave_out_what_is_absent() -> None:
-    assert b"{}" == canonical(Policy())
-    assert b'{"handoff":{"mode":"static","sigma":0.5}}' == canonical(
-        Policy(handoff=Handoff(sigma=0.5))
+    assert canonical(Policy()) == b"{}"
+    assert (
+        canonical(Policy(handoff=Handoff(sigma=0.5)))
+        == b'{"handoff":{"mode":"static","sigma":0.5}}'
     )
 
 
@@ -47,4 +48,12 @@ def test_what_makes_no_sense_cannot_be_built(build: object) -> None:
 
 def test_records_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        Payload().order = 0  # type: ignore[misc]
+        Payload().order = 0
+
+
+def test_a_changed_copy_has_its_own_key() -> None:
+    first = Policy(handoff=Handoff(sigma=0.5))
+    before = first.id
+    changed = first.model_copy(update={"handoff": None})
+    assert changed.id == Policy().id
+    assert before == first.id

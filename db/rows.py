@@ -1,0 +1,49 @@
+"""Writing rows: what the tables of policies, searches and profiles share."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from ditune.db.parsing import address_of
+from ditune.db.records import PolicyFile, Profile, Record
+from ditune.db.schema import HardwareRow, Schema, SoftwareRow, WorkloadRow
+
+
+def insert_new(session: Session, table: type[Schema], row: dict[str, Any]) -> None:
+    """Insert a row unless its primary key is taken, by this process or by another."""
+    on_server = session.get_bind().dialect.name == "postgresql"
+    insert = postgresql.insert(table) if on_server else sqlite.insert(table)
+    key = [column.name for column in table.__table__.primary_key]
+    session.execute(insert.values(row).on_conflict_do_nothing(index_elements=key))
+
+
+def save_facts(session: Session, record: PolicyFile | Profile) -> dict[str, str]:
+    """Keep a record's hardware, software and workload; return the columns that point to them.
+
+    Raises:
+        CorruptData: A number in them has no canonical form.
+    """
+    keys = {}
+    for name, table, fact in (
+        ("hardware", HardwareRow, record.hardware),
+        ("software", SoftwareRow, record.software),
+        ("workload", WorkloadRow, record.workload),
+    ):
+        key = address_of(fact, f"the {name}")
+        insert_new(session, table, {"key": key, "body": body(fact)})
+        keys[f"{name}_key"] = key
+    return keys
+
+
+def body(record: Record) -> str:
+    """Return a record as the JSON that is stored; unlike the digest's, it has the None fields."""
+    return record.model_dump_json()
+
+
+def now() -> str:
+    """Return the time as the records write it, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
