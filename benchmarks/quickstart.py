@@ -1,8 +1,8 @@
 """Is the policy that `make tune` found worth what it says? Measured on prompts nobody saw.
 
 Looks the active policy up exactly as a user's program would, then compares it with the plain
-miniature on captions and seeds that neither search nor confirmation used: quality on every one, speed
-in interleaved pairs. Beside it: the fewest plain steps that hold the same floors.
+miniature on captions and seeds that neither search nor confirmation used: quality on every one,
+speed in interleaved pairs. Beside it: the fewest plain steps that hold the same floors.
 """
 
 from __future__ import annotations

@@ -42,18 +42,18 @@ def test_the_readmes_python_runs(
 ) -> None:
     monkeypatch.setenv("DITUNE_DB", str(tmp_path / "none.db"))
     found = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert 1 == len(found)
+    assert len(found) == 1
     pipe = Short(**miniature.load("small").components)
     pipe.set_progress_bar_config(disable=True)
     names: dict[str, Any] = {"pipe": pipe, "prompt": "a red 3 moving left"}
     exec(compile(found[0], "README.md", "exec"), names)
-    assert 13 == names["video"].shape[1]
+    assert names["video"].shape[1] == 13
     assert "no policy" in capsys.readouterr().out
 
 
 def test_the_readme_names_two_commands_and_both_exist() -> None:
     commands = re.findall(r"^(make \w+)", README, re.MULTILINE)
-    assert ["make tune", "make test"] == commands
+    assert commands == ["make tune", "make test"]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert all(f"{name.split()[1]}:" in makefile for name in commands)
 

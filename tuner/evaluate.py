@@ -62,6 +62,11 @@ class Evaluator:
             self._plain[case] = self.generate(case)[0]
         return self._plain[case]
 
+    def plain_values(self, case: Case) -> dict[str, float]:
+        """Return what each metric gives the plain video against itself."""
+        plain = self.plain(case)
+        return values_of(self.constraints, plain, plain, case.prompt)
+
     def tuned(self, policy: Policy, case: Case) -> tuple[np.ndarray, float, Summary]:
         """Return the video under a policy, its latency in milliseconds, and what the policy did."""
         with accelerate(self.source.pipe, policy, small=self.source.small) as applied:

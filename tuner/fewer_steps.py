@@ -32,15 +32,15 @@ def fewest_steps(evaluator: Evaluator, cases: Sequence[Case]) -> FewestSteps:
         evaluator: Of the pipeline at its full number of steps.
         cases: Every count is tried on them in order, and given up at the first hopeless one.
     """
-    low, high = 1, int(evaluator.source.call["num_inference_steps"])
-    best: list[Outcome] = []
+    full = int(evaluator.source.call["num_inference_steps"])
+    low, high = 1, full
     while high - low > 1:
         middle = (low + high) // 2
-        tried = _tried(evaluator, cases, middle)
-        if tried:
-            high, best = middle, tried
+        if _outcomes(evaluator, cases, middle, paired=False):
+            high = middle
         else:
             low = middle
+    best = _outcomes(evaluator, cases, high, paired=True) if high < full else []
     pairs = [(o.baseline_ms, o.tuned_ms) for o in best if o.baseline_ms is not None]
     return FewestSteps(
         steps=high,
@@ -49,7 +49,9 @@ def fewest_steps(evaluator: Evaluator, cases: Sequence[Case]) -> FewestSteps:
     )
 
 
-def _tried(evaluator: Evaluator, cases: Sequence[Case], steps: int) -> list[Outcome]:
+def _outcomes(
+    evaluator: Evaluator, cases: Sequence[Case], steps: int, *, paired: bool
+) -> list[Outcome]:
     """Return the outcomes with fewer steps, empty as soon as a floor is certainly missed."""
     source = evaluator.source
     call: dict[str, Any] = {**source.call, "num_inference_steps": steps}
@@ -60,7 +62,7 @@ def _tried(evaluator: Evaluator, cases: Sequence[Case], steps: int) -> list[Outc
     )
     outcomes: list[Outcome] = []
     for case in cases:
-        outcomes.append(shorter.measure(Policy(), case, paired=True))
+        outcomes.append(shorter.measure(Policy(), case, paired=paired))
         quality = summarise(evaluator.constraints, [o.values for o in outcomes])
         for constraint in evaluator.constraints:
             seen = quality[constraint.name]

@@ -24,7 +24,7 @@ from ditune.tuner.evaluate import Case, Evaluator, Outcome
 from ditune.tuner.quality import summarise
 from ditune.tuner.space import Space
 
-SEARCH_PAIRS = 2  # interleaved pairs per trial; confirmation takes more
+SEARCH_PAIRS = 1  # interleaved pairs per trial; confirmation takes one per prompt
 _STARTUP_TRIALS = 8
 
 
@@ -107,7 +107,7 @@ class Search:
         point = self.space.suggest(asked)
         policy = self.space.policy(point)
         known = next((t for t in done if t.policy.id == policy.id), None)
-        trial = self._evaluate(policy, asked, len(done)) if known is None else known
+        trial = self._tried(policy, asked, len(done)) if known is None else known
         if known is not None:  # another point that spells the same policy: nothing to run
             trial = known.model_copy(
                 update={"uuid": uuid.uuid4().hex, "number": len(done), "duration_s": 0.0}
@@ -119,19 +119,20 @@ class Search:
         self.study.tell(asked, 1.0 / trial.speedup)
         return trial
 
-    def _evaluate(self, policy: Policy, asked: optuna.Trial, number: int) -> Trial:
+    def _tried(self, policy: Policy, asked: optuna.Trial, number: int) -> Trial:
+        """Evaluate a policy; the plain pipeline is known without running it against itself."""
         started = time.monotonic()
         constraints = self.evaluator.constraints
-        outcomes = list(
-            self.evaluator.run(
-                policy,
-                self.cases,
-                pairs=SEARCH_PAIRS,
-                stop=lambda o: bool(hopeless(constraints, o)),
-            )
-        )
-        values = [outcome.values for outcome in outcomes]
-        reason = hopeless(constraints, outcomes) if len(outcomes) < len(self.cases) else ""
+        speedup, work_ratio, reason = 1.0, 1.0, ""
+        if policy == Policy():
+            values = [self.evaluator.plain_values(case) for case in self.cases]
+        else:
+            outcomes = self._outcomes(policy)
+            values = [outcome.values for outcome in outcomes]
+            speedup = search_speedup(outcomes)
+            work_ratio = float(np.median([o.summary.work_ratio for o in outcomes]))
+            if len(outcomes) < len(self.cases):
+                reason = hopeless(constraints, outcomes)
         return Trial(
             uuid=uuid.uuid4().hex,
             study=self.name,
@@ -139,13 +140,25 @@ class Search:
             source=asked.user_attrs.get("source", "search"),
             policy=policy,
             state="rejected" if reason else "complete",
-            speedup=search_speedup(outcomes),
-            work_ratio=float(np.median([o.summary.work_ratio for o in outcomes])),
+            speedup=speedup,
+            work_ratio=work_ratio,
             quality=summarise(constraints, values),
             violation=violations(constraints, values),
             reason=reason or None,
             duration_s=time.monotonic() - started,
             created_at=now(),
+        )
+
+    def _outcomes(self, policy: Policy) -> list[Outcome]:
+        """Run a policy on the cases, until it is certain that it misses a floor."""
+        constraints = self.evaluator.constraints
+        return list(
+            self.evaluator.run(
+                policy,
+                self.cases,
+                pairs=SEARCH_PAIRS,
+                stop=lambda seen: bool(hopeless(constraints, seen)),
+            )
         )
 
 

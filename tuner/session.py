@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from ditune.accel.lookup import default_database
+from ditune.db.engine import study_storage_url
 from ditune.db.errors import NoFeasiblePolicy, UsageFault
 from ditune.db.records import (
     Policy,
@@ -20,7 +21,6 @@ from ditune.db.records import (
     Study,
     Trial,
 )
-from ditune.db.engine import study_storage_url
 from ditune.db.store import Store
 from ditune.profiler.record import profile as record_profile
 from ditune.tuner.confirm import Confirmation, confirm
@@ -60,7 +60,7 @@ class Options:
     search_seconds: float = float("inf")
     seed: int = 0
     profile_prompts: int = 2
-    search_prompts: int = 4
+    search_prompts: int = 3
     confirm_prompts: int = 12
     confirm_candidates: int = 4
     arguments: Mapping[str, str] = field(default_factory=dict)  # kept with the study, for resuming

@@ -55,7 +55,7 @@ class Space:
         front = max(1, self.depth // 2)
         self.distributions: dict[str, BaseDistribution] = {
             "kind": CategoricalDistribution(["mask", "rule"]),
-            "compute_frac": FloatDistribution(0.2, 1.0),
+            "compute_frac": FloatDistribution(0.1, 1.0),
             "warmup_frac": FloatDistribution(0.02, 0.4),
             "cooldown_steps": IntDistribution(0, 3),
             "density_power": FloatDistribution(0.0, 1.5),
@@ -101,7 +101,7 @@ class Space:
         )
         priors = [
             self._point(compute_frac=frac, density_power=power)
-            for frac, power in ((0.6, 0.5), (0.5, 0.5), (0.4, 0.5), (0.5, 1.0), (0.5, 0.0))
+            for frac, power in ((0.6, 0.5), (0.4, 0.5), (0.3, 0.5), (0.4, 0.0), (0.22, 0.5))
         ]
         return [
             Proposal("baseline", plain),

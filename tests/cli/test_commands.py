@@ -80,10 +80,10 @@ def test_what_the_caller_must_correct_is_one_sentence_and_exit_2(
     places["folder"].mkdir()
     places["file"].write_text("in the way")
     code, out, err = command(*(argument.format(**places) for argument in arguments))
-    assert 2 == code, err
+    assert code == 2, err
     assert says.format(**places) in err
     assert "Traceback" not in err
-    assert "" == out
+    assert out == ""
     assert not list(tmp_path.rglob("*.html"))
     assert not list(tmp_path.rglob("policy.json"))
 
@@ -94,7 +94,7 @@ def test_a_model_with_too_few_prompts_is_refused(command: Any, tmp_path: Path) -
     (folder / "model_index.json").write_text("{}")
     prompts.write_text("one\ntwo\n")
     code, _, err = command("run", str(folder), "--prompts", str(prompts))
-    assert (2, True) == (code, "at least 8 prompts" in err)
+    assert (code, "at least 8 prompts" in err) == (2, True)
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(command: Any, tmp_path: Path) -> None:
@@ -103,49 +103,52 @@ def test_a_folder_that_is_no_pipeline_is_refused(command: Any, tmp_path: Path) -
     (folder / "model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
     prompts.write_text("\n".join(f"prompt {i}" for i in range(9)))
     code, _, err = command("run", str(folder), "--prompts", str(prompts))
-    assert (2, True) == (code, "cannot load a pipeline" in err)
+    assert (code, "cannot load a pipeline" in err) == (2, True)
 
 
 def test_usage_errors_exit_2(command: Any) -> None:
-    assert 2 == command("run", "--no-such-option")[0]
-    assert 2 == command("run", "--miniature", "--trials", "0")[0]
+    assert command("run", "--no-such-option")[0] == 2
+    assert command("run", "--miniature", "--trials", "0")[0] == 2
 
 
 def test_a_damaged_policy_file_exits_6(command: Any, tmp_path: Path) -> None:
     damaged = tmp_path / "policy.json"
     damaged.write_text('{"schema_version": 1}')
     code, _, err = command("policy", "verify", str(damaged))
-    assert 6 == code
+    assert code == 6
     assert str(damaged) in err.replace(" ", "")
 
 
 def test_a_damaged_database_exits_6(command: Any, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.db"
     damaged.write_bytes(b"this is no database" * 400)
-    assert 6 == command("db", "check", "--db", str(damaged))[0]
-    assert 6 == command("policy", "list", "--db", str(damaged))[0]
+    assert command("db", "check", "--db", str(damaged))[0] == 6
+    assert command("policy", "list", "--db", str(damaged))[0] == 6
 
 
 def test_an_empty_database_lists_nothing(command: Any) -> None:
-    assert (0, True) == (command("policy", "list")[0], "no policies yet" in command("policy", "list")[1])
+    assert (
+        command("policy", "list")[0],
+        "no policies yet" in command("policy", "list")[1],
+    ) == (0, True)
     code, out, _ = command("policy", "list", "--json")
-    assert {"schema": "ditune/policies-1", "policies": []} == json.loads(out)
+    assert json.loads(out) == {"schema": "ditune/policies-1", "policies": []}
     code, out, _ = command("db", "check", "--json")
-    assert (0, 0) == (code, json.loads(out)["policies"])
+    assert (code, json.loads(out)["policies"]) == (0, 0)
 
 
 def test_backup_and_upgrade(command: Any, tmp_path: Path) -> None:
     command("db", "check")
-    assert 0 == command("db", "backup", str(tmp_path / "copy.db"))[0]
-    assert 0 == command("db", "upgrade", "--db", str(tmp_path / "copy.db"))[0]
-    assert 0 == command("db", "check", "--db", str(tmp_path / "copy.db"))[0]
+    assert command("db", "backup", str(tmp_path / "copy.db"))[0] == 0
+    assert command("db", "upgrade", "--db", str(tmp_path / "copy.db"))[0] == 0
+    assert command("db", "check", "--db", str(tmp_path / "copy.db"))[0] == 0
 
 
 def test_doctor_prints_the_fingerprint(command: Any) -> None:
     code, out, _ = command("doctor", "--json")
     seen = json.loads(out)
     assert code == (5 if seen["findings"] else 0)
-    assert "cpu" == seen["hardware"]["kind"] or "cuda" == seen["hardware"]["kind"]
+    assert seen["hardware"]["kind"] == "cpu" or seen["hardware"]["kind"] == "cuda"
     assert seen["software"]["torch"]
     assert command("doctor")[0] == code
 
@@ -178,10 +181,12 @@ def test_version(command: Any) -> None:
 )
 def test_every_command_has_help(arguments: list[str]) -> None:
     shown = runner.invoke(app, [*arguments, "--help"])
-    assert 0 == shown.exit_code
+    assert shown.exit_code == 0
     assert "Usage" in shown.output
     first = shown.output.split("Usage", 1)[1].splitlines()[2:]
-    assert any(line.strip(" │").endswith((".", "(exit 6 if it is damaged).", ").")) for line in first)
+    assert any(
+        line.strip(" │").endswith((".", "(exit 6 if it is damaged).", ").")) for line in first
+    )
 
 
 def test_every_error_has_an_exit_code_of_the_contract() -> None:

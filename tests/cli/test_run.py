@@ -65,9 +65,9 @@ def test_a_policy_is_found_saved_reported_and_found_again(
     code, text, err = run(
         "--trials", "6", "--quality", "psnr>=20,psnr_worst>=12", "--out", str(out), "--json"
     )
-    assert 0 == code, err
+    assert code == 0, err
     found = json.loads(text)
-    assert [
+    assert list(found) == [
         "schema",
         "policy_id",
         "policy_file",
@@ -82,17 +82,17 @@ def test_a_policy_is_found_saved_reported_and_found_again(
         "hardware",
         "workload",
         "status",
-    ] == list(found)
-    assert "ditune/run-1" == found["schema"]
+    ]
+    assert found["schema"] == "ditune/run-1"
     assert {"median", "ci95", "n"} == set(found["speedup"])
     assert {"floor", "mean", "worst", "n"} == set(found["quality"]["psnr"])
     assert {"total", "feasible", "rejected_early"} == set(found["trials"])
-    assert (6, "measured") == (found["trials"]["total"], found["status"])
+    assert (found["trials"]["total"], found["status"]) == (6, "measured")
     saved = policy_file.read(out / "policy.json")
     assert found["policy_id"] == saved.policy_id
     page = (out / "report.html").read_text(encoding="utf-8")
     assert saved.policy_id[:12] in page
-    assert 2 <= page.count("data:image/png")
+    assert page.count("data:image/png") >= 2
 
     pipe = miniature.load("small")
     hardware, _, workload = detect(pipe, CALL)
@@ -110,10 +110,10 @@ def test_an_impossible_floor_exits_4_with_the_best_seen(run: Any, tmp_path: Path
     code, text, err = run(
         "--trials", "3", "--quality", "psnr>=100,ssim>=1", "--out", str(out), "--json"
     )
-    assert 4 == code
+    assert code == 4
     assert "closest was trial" in err
     found = json.loads(text)
-    assert (None, None, "infeasible") == (found["policy_id"], found["speedup"], found["status"])
+    assert (found["policy_id"], found["speedup"], found["status"]) == (None, None, "infeasible")
     assert not (out / "policy.json").exists()
     assert "html" in (out / "report.html").read_text(encoding="utf-8")
 
@@ -134,20 +134,20 @@ def test_ctrl_c_saves_and_resuming_goes_on(
     out = tmp_path / "out"
     monkeypatch.setattr(Evaluator, "measure", interrupted)
     code, _, err = run("--trials", "4", "--quality", "psnr>=20", "--out", str(out))
-    assert 130 == code
+    assert code == 130
     assert "tune run --resume study-" in err
     study = err.split("--resume ")[1].split()[0]
     code, text, err = run("--resume", study, "--json")
-    assert 0 == code, err
-    assert 4 == json.loads(text)["trials"]["total"]
+    assert code == 0, err
+    assert json.loads(text)["trials"]["total"] == 4
 
 
 def test_profile_prints_and_stores(run: Any) -> None:
     code, text, err = run("--count", "1", "--json", command="profile")
-    assert 0 == code, err
+    assert code == 0, err
     found = json.loads(text)
-    assert "ditune/profile-1" == found["schema"]
-    assert STEPS == len(found["redundancy"])
+    assert found["schema"] == "ditune/profile-1"
+    assert len(found["redundancy"]) == STEPS
     names = [layer["name"] for layer in found["layers"]]
     assert {"text_encoder", "transformer", "vae.decoder"} <= set(names)
-    assert 0 == run("--count", "1", command="profile")[0]
+    assert run("--count", "1", command="profile")[0] == 0

@@ -10,18 +10,18 @@ def test_the_same_seed_renders_the_same_clips() -> None:
     first = render(4, torch.Generator().manual_seed(3))
     second = render(4, torch.Generator().manual_seed(3))
     assert torch.equal(first.frames, second.frames)
-    assert (4, 3, FRAMES, SIZE, SIZE) == first.frames.shape
+    assert first.frames.shape == (4, 3, FRAMES, SIZE, SIZE)
     assert first.frames.min() >= -1.0
     assert first.frames.max() <= 1.0
 
 
 def test_held_out_scans_are_never_used_in_training() -> None:
     training, held_out = sprites(False)[0], sprites(True)[0]
-    assert 1797 == len(training) + len(held_out)
+    assert len(training) + len(held_out) == 1797
     assert len(held_out) > 250
     known = {scan.numpy().tobytes() for scan in training}
     shared = sum(scan.numpy().tobytes() in known for scan in held_out)
-    assert 0 == shared
+    assert shared == 0
 
 
 def test_digits_move_as_their_caption_says() -> None:

@@ -20,7 +20,7 @@ def test_the_untrained_codec_is_the_pca_and_training_improves_it() -> None:
     assert error < 0.03  # 21 dB
     losses: list[float] = []
     train_decoder(vae, pca, seed=0, steps=6, log=lambda _, loss: losses.append(loss))
-    assert 6 == len(losses)
+    assert len(losses) == 6
     assert max(losses) < 0.05  # the anchor channel does not drown the signal
 
 

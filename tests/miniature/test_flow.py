@@ -47,7 +47,7 @@ def test_a_grown_model_computes_the_same() -> None:
     inputs = (torch.randn(1, 16, 13, 4, 4), torch.tensor([500]), torch.randn(1, 8, 64))
     with torch.no_grad():
         expected, found = shallow(*inputs)[0], deep(*inputs)[0]
-    assert 6 == len(deep.blocks)
+    assert len(deep.blocks) == 6
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="not a multiple"):
         grow(shallow, "small", 5)
@@ -55,11 +55,11 @@ def test_a_grown_model_computes_the_same() -> None:
 
 def test_rates_fall_in_a_line() -> None:
     schedule = Schedule(steps=100, batch=1, start=1.0, end=0.5, warmup_steps=10)
-    assert [0.1, 0.75] == [round(schedule.rate(s), 3) for s in (0, 50)]
+    assert [round(schedule.rate(s), 3) for s in (0, 50)] == [0.1, 0.75]
 
 
 def test_the_text_encoder_learns_to_spell_its_caption() -> None:
     table = text_table(train_text_encoder(seed=0, steps=3))
-    assert (481, 8, 64) == table.shape
+    assert table.shape == (481, 8, 64)
     assert not torch.equal(table[0], table[1])
     assert torch.count_nonzero(table[-1, 1:]) == 0  # the empty prompt is one token, then padding

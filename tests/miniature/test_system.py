@@ -39,7 +39,7 @@ def test_it_is_a_wan_pipeline_that_generates_frames(source: MiniatureSource) -> 
         ).frames
         for _ in range(2)
     )
-    assert (1, FRAMES, SIZE, SIZE, 3) == first.shape
+    assert first.shape == (1, FRAMES, SIZE, SIZE, 3)
     assert np.array_equal(first, second)
     assert np.isfinite(first).all()
 
@@ -52,7 +52,7 @@ def test_generated_clips_show_what_was_asked(source: MiniatureSource) -> None:
     ).frames
     found = miniature.judge(list(frames), prompts)
     assert {"digit", "colour", "motion"} == set(found)
-    assert 1.0 == found["colour"]
+    assert found["colour"] == 1.0
     assert found["motion"] >= 5 / 6
 
 
@@ -67,7 +67,7 @@ def test_the_judge_is_right_about_renders_and_says_so_when_asked_wrongly() -> No
     assert (right >= (0.9, 0.98, 0.98)).all()
     wrong = hits(trained_judge(), shown[:10], ["a red 3 moving left"] * 10)
     assert not wrong.all(axis=1).any() or captions[0] == "a red 3 moving left"
-    assert 1.0 == JudgeMetric().score(shown[0], None, captions[0])
+    assert JudgeMetric().score(shown[0], None, captions[0]) == 1.0
 
 
 def test_the_codec_reconstructs_and_its_encoder_is_the_pca(source: MiniatureSource) -> None:
@@ -79,7 +79,7 @@ def test_the_codec_reconstructs_and_its_encoder_is_the_pca(source: MiniatureSour
     assert float(psnr.mean()) >= 26.0
     std = torch.tensor(source.pipe.vae.config.latents_std).view(1, -1, 1, 1, 1)
     assert 0.5 < float((latents / std).std()) < 2.0
-    assert codec.Z_DIM == latents.shape[1]
+    assert latents.shape[1] == codec.Z_DIM
 
 
 def test_large_and_small_share_everything_but_the_transformer() -> None:
@@ -95,8 +95,8 @@ def test_unknown_sizes_are_refused() -> None:
 
 
 def test_the_reference_setting_is_pinned() -> None:
-    assert (50, 6.0) == (CALL["num_inference_steps"], CALL["guidance_scale"])
-    assert 8 == CALL["max_sequence_length"]
+    assert (CALL["num_inference_steps"], CALL["guidance_scale"]) == (50, 6.0)
+    assert CALL["max_sequence_length"] == 8
 
 
 def test_the_weights_are_small_and_are_those_of_the_model_card() -> None:

@@ -31,10 +31,10 @@ def test_changes_are_relative_to_the_step_before() -> None:
         redundancy.watch(seen(step, "cond", cond))
         redundancy.watch(seen(step, "uncond", uncond))
     first, second, third = redundancy.steps()
-    assert (None, None, None) == (first.step_change, first.cfg_change, first.block_change)
+    assert (first.step_change, first.cfg_change, first.block_change) == (None, None, None)
     assert pytest.approx(0.5) == second.step_change == second.block_change
     assert pytest.approx(0.5 / 1.5) == second.cfg_change  # the gap fell from 1 to 0.5
-    assert (0.0, 0.0, 0.0) == (third.step_change, third.cfg_change, third.block_change)
+    assert (third.step_change, third.cfg_change, third.block_change) == (0.0, 0.0, 0.0)
     assert redundancy.disagreement() is None
 
 
@@ -49,7 +49,7 @@ def test_one_branch_has_no_guidance_gap() -> None:
     redundancy = Redundancy(guidance_scale=1.0)
     for step in range(3):
         redundancy.watch(seen(step, "cond", 1.0 + step))
-    assert [None, None, None] == [row.cfg_change for row in redundancy.steps()]
+    assert [row.cfg_change for row in redundancy.steps()] == [None, None, None]
 
 
 def test_watching_changes_nothing_and_sees_everything(
@@ -67,5 +67,5 @@ def test_watching_changes_nothing_and_sees_everything(
     assert all(row.step_change is not None for row in rows[1:])
     curve = redundancy.disagreement()
     assert curve is not None
-    assert 12 == len(curve)
+    assert len(curve) == 12
     assert min(curve) > 0.0

@@ -8,7 +8,7 @@ from ditune.profiler.timing import LayerClock, layers_of, timed
 
 def test_timed_gives_the_result_and_a_duration() -> None:
     result, lasted = timed(lambda: 42, torch.device("cpu"))
-    assert 42 == result
+    assert result == 42
     assert lasted >= 0.0
 
 
@@ -25,4 +25,4 @@ def test_every_block_is_timed_and_the_clock_comes_off(pipe: WanPipeline, generat
     blocks = sum(layer.median_ms for name, layer in found.items() if "blocks" in name)
     assert blocks < found["transformer"].median_ms * 1.5
     generate(pipe)
-    assert 24 == {layer.name: layer for layer in clock.timings()}["transformer"].n
+    assert {layer.name: layer for layer in clock.timings()}["transformer"].n == 24

@@ -76,27 +76,27 @@ def test_the_first_candidate_that_holds_ships_with_its_own_figures() -> None:
     _, found = run({0: (spread(40), 50.0), 1: (spread(44), 60.0)})
     assert trial(0).policy == found.policy  # type: ignore[attr-defined]
     evidence = found.evidence  # type: ignore[attr-defined]
-    assert 1 == evidence.candidates
-    assert 12 == evidence.speedup.n
+    assert evidence.candidates == 1
+    assert evidence.speedup.n == 12
     assert 1.9 < evidence.speedup.median < 2.0
-    assert 39.5 == evidence.quality["psnr_worst"].worst
-    assert "psnr" == evidence.bound_by
-    assert "measured" == evidence.status
-    assert PROMPTS == evidence.prompts_digest
+    assert evidence.quality["psnr_worst"].worst == 39.5
+    assert evidence.bound_by == "psnr"
+    assert evidence.status == "measured"
+    assert evidence.prompts_digest == PROMPTS
 
 
 def test_a_candidate_whose_bound_misses_is_passed_over() -> None:
     evaluator, found = run({0: (spread(35.1, 1.0), 40.0), 1: (spread(40), 50.0)})
     assert trial(1).policy == found.policy  # type: ignore[attr-defined]
-    assert 2 == found.evidence.candidates  # type: ignore[attr-defined]
+    assert found.evidence.candidates == 2  # type: ignore[attr-defined]
     assert "certain only above" in found.reasons[0]  # type: ignore[attr-defined]
-    assert 24 == evaluator.cases_run
+    assert evaluator.cases_run == 24
 
 
 def test_a_bad_candidate_is_given_up_early() -> None:
     evaluator, found = run({0: (spread(30), 40.0), 1: ([40.0, 26.0, *spread(40)[2:]], 40.0)})
     assert found.policy is None  # type: ignore[attr-defined]
-    assert 4 + 2 == evaluator.cases_run
+    assert evaluator.cases_run == 4 + 2
     assert "psnr_worst 26 < 27" in found.reasons[1]  # type: ignore[attr-defined]
 
 
@@ -113,4 +113,4 @@ def test_a_policy_that_is_not_certainly_faster_does_not_ship() -> None:
 
 def test_nothing_to_confirm() -> None:
     _, found = run({})
-    assert (None, None, 0) == (found.policy, found.evidence, found.looked_at)  # type: ignore[attr-defined]
+    assert (found.policy, found.evidence, found.looked_at) == (None, None, 0)  # type: ignore[attr-defined]

@@ -30,11 +30,12 @@ _STAGES: dict[Stage, str] = {
 
 
 class RunDisplay:
-    """Progress bars on standard error, one per stage; off where nobody watches."""
+    """Progress on standard error: bars with time left on a terminal, lines elsewhere."""
 
     def __init__(self, *, quiet: bool) -> None:
         """Prepare the bars; nothing is drawn before the first update."""
-        console = Console(stderr=True, quiet=quiet)
+        console = Console(stderr=True, quiet=quiet, soft_wrap=True)
+        self._lines = None if console.is_terminal else console
         self._bars = Progress(
             TextColumn("{task.description:<26}"),
             BarColumn(),
@@ -44,6 +45,7 @@ class RunDisplay:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
+            disable=self._lines is not None,
         )
         self._tasks: dict[Stage, TaskID] = {}
 
@@ -57,7 +59,11 @@ class RunDisplay:
         self._bars.stop()
 
     def update(self, stage: Stage, done: int, total: int, note: str) -> None:
-        """Move a stage's bar."""
+        """Move a stage's bar, or write a line."""
+        if self._lines is not None:
+            line = f"{_STAGES[stage]}: {done} of {total} {note}"
+            self._lines.print(line, markup=False, highlight=False)
+            return
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task(_STAGES[stage], total=total, note="")
         self._bars.update(self._tasks[stage], completed=done, total=total, note=escape(note))

@@ -61,7 +61,7 @@ def show(policy_id: Id, db: sources.Database = None) -> None:
     from ditune.db.store import Store
 
     with Store.open(sources.database_url(db)) as store:
-        sources.print_json(store.policy(policy_id).model_dump(mode="json", exclude_none=True))
+        sources.print_json(store.policy(policy_id).model_dump(mode="json"))
 
 
 @app.command("verify")

@@ -91,8 +91,12 @@ def load_source(
 
 
 def database_url(db: str | None) -> str:
-    """Return the database that was asked for, or the user's own."""
-    return db or str(default_database())
+    """Return the database that was asked for, or the user's own, whose folder is made for it."""
+    if db:
+        return db
+    own = default_database()
+    require_writable(own.parent, "the policy database")
+    return str(own)
 
 
 def require_writable(folder: Path, what: str) -> None:
