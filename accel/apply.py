@@ -273,12 +273,21 @@ class Applied:
         return self._matches[request]
 
     def _look_up(self, request: fingerprint.Request, latents: Tensor) -> Match:
-        workload = fingerprint.workload(self._pipe, request, self._small)
+        """Return the policy of a request: one that hands over if there is a small model, else any.
+
+        Policies without a hand-off are stored without a small model, so that they serve both.
+        """
         hardware = fingerprint.hardware(latents.device)
-        try:
-            return lookup(hardware, workload, db=self._db, tier=self._tier)
-        except DituneError as fault:  # a damaged store must not stop a generation
-            return Match(kind="baseline", reason=str(fault))
+        match = Match(kind="baseline", reason="not looked up")
+        for small in dict.fromkeys((self._small, None)):
+            workload = fingerprint.workload(self._pipe, request, small)
+            try:
+                match = lookup(hardware, workload, db=self._db, tier=self._tier)
+            except DituneError as fault:  # a damaged store must not stop a generation
+                return Match(kind="baseline", reason=str(fault))
+            if match.policy is not None:
+                break
+        return match
 
     def _warn(self, sentence: str) -> None:
         if sentence not in self._warned:

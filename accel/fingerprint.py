@@ -40,20 +40,21 @@ class Request:
 
 
 def detect(
-    pipe: Any = None, call: Mapping[str, Any] | None = None
+    pipe: Any = None, call: Mapping[str, Any] | None = None, small: nn.Module | None = None
 ) -> tuple[Hardware, Software, Workload | None]:
     """Return the fingerprint of this machine and, for a pipeline, of a call to it.
 
     Args:
         pipe: A diffusers pipeline; without one there is no workload and no device to follow.
         call: The arguments that the pipeline will be called with; its defaults fill the rest.
+        small: The small model of the family, for the key of policies that hand over to it.
     """
     if pipe is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return hardware(device), software(), None
     model = denoisers(pipe)[0]
     device = next(model.parameters()).device
-    return hardware(device), software(), workload(pipe, declared(pipe, call or {}))
+    return hardware(device), software(), workload(pipe, declared(pipe, call or {}), small)
 
 
 # --- hardware -------------------------------------------------------------------

@@ -44,7 +44,7 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
 
 def _found(source: MiniatureSource) -> Match:
     """Return the active policy for the miniature's reference setting on this machine."""
-    hardware, _, workload = detect(source.pipe, source.call, source.small)
+    hardware, _, workload = detect(source.pipe, source.call)
     assert workload is not None
     match = lookup(hardware, workload)
     if match.policy is None:
@@ -76,7 +76,7 @@ def _add_lookup(
     benchmark: Benchmark, source: MiniatureSource, evaluator: Evaluator, case: Case
 ) -> None:
     """A user's program finds the same policy by itself."""
-    with accelerate(source.pipe, small=source.small) as applied:
+    with accelerate(source.pipe) as applied:
         evaluator.generate(case)
         found = applied.summary().policy_id
     same = found == benchmark.conditions["policy"]

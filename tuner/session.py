@@ -235,11 +235,15 @@ class Session:
         policy, evidence = confirmation.policy, confirmation.evidence
         if policy is None or evidence is None:
             return None
+        workload = found.workload
+        if policy.handoff is None:  # it serves with and without a small model at hand
+            alone = {"small_model_digest": None, "small_model_revision": None}
+            workload = workload.model_copy(update=alone)
         policy_file = PolicyFile(
             policy_id=policy.id,
             hardware=found.hardware,
             software=found.software,
-            workload=found.workload,
+            workload=workload,
             policy=policy,
             evidence=evidence,
         )

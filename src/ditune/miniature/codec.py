@@ -1,9 +1,13 @@
-"""The miniature's VAE: an 8x8-patch PCA written into `AutoencoderKLWan`, its decoder then trained.
+"""The miniature's VAE: a PCA of moving 8x8 patches written into `AutoencoderKLWan`, then trained.
 
 Training this class from scratch takes hours on a CPU. Its layers can carry a linear map exactly,
 though: a large constant channel makes every RMS norm a fixed scale, pairs of opposite sign make
 SiLU linear (silu(y) - silu(-y) = y), and residual branches start at zero. The encoder stays that
-linear map; the decoder starts from its inverse and learns what PCA cannot say.
+linear map; the decoder starts from its least-squares inverse and learns what a linear map cannot
+say.
+
+A latent sees the patch in its own frame and in the two before it, as the causal convolutions of
+real video VAEs do. Without that a denoiser cannot tell a clip from its reverse.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from torch import Tensor, nn
 from ditune.miniature import architecture
 from ditune.miniature.architecture import PATCH, Z_DIM
 
+WINDOW = 3  # frames that a latent sees: its own and those before it
 _ANCHOR = 1000.0  # the constant channel; large against every other, so that norms become fixed
 _ANCHOR_CHANNEL = 2 * Z_DIM
 _WHITENING = 0.5  # 1 would give every component unit variance, 0 would keep the spectrum
@@ -25,11 +30,17 @@ _WHITENING = 0.5  # 1 would give every component unit variance, 0 would keep the
 
 @dataclass(frozen=True)
 class PatchPca:
-    """Principal components of 8x8 patches: mean [192], basis [192, 16], std [16] of each score."""
+    """Principal components of patches over three frames, and how to come back from them.
+
+    Shapes, with 192 values in a patch: mean [576], basis [576, 16], std [16] of the scores,
+    inverse [48, 192] from the scores of three frames, offset [192]. The newest frame comes first.
+    """
 
     mean: Tensor
     basis: Tensor
     std: Tensor
+    inverse: Tensor
+    offset: Tensor
 
     def encode(self, frames: Tensor) -> Tensor:
         """Return normalised latents [b, 16, f, h/8, w/8] of frames [b, 3, f, h, w] in [-1, 1].
@@ -37,8 +48,8 @@ class PatchPca:
         The result is what the denoisers are trained on, and what the VAE's encoder gives after
         `WanPipeline`'s normalisation (a test compares the two).
         """
-        patches = patchify(frames, patch_size=PATCH).movedim(1, -1) - self.mean
-        latents: Tensor = ((patches @ self.basis) / self.latents_std).movedim(-1, 1)
+        windows = _windows(patchify(frames, patch_size=PATCH).movedim(1, -1)) - self.mean
+        latents: Tensor = ((windows @ self.basis) / self.latents_std).movedim(-1, 1)
         return latents
 
     @property
@@ -49,15 +60,32 @@ class PatchPca:
 
 
 def fit(frames: Tensor) -> PatchPca:
-    """Fit the patch PCA to frames [b, 3, f, h, w] in [-1, 1]."""
-    rows = patchify(frames, patch_size=PATCH).movedim(1, -1).flatten(0, -2).double()
-    mean = rows.mean(0)
-    centred = rows - mean
-    values, vectors = torch.linalg.eigh(centred.T @ centred / len(rows))
+    """Fit the PCA and its inverse to frames [b, 3, f, h, w] in [-1, 1]."""
+    patches = patchify(frames, patch_size=PATCH).movedim(1, -1)
+    rows = _windows(patches).double()
+    mean = rows.flatten(0, -2).mean(0)
+    centred = (rows - mean).flatten(0, -2)
+    values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
     basis = vectors.flip(1)[:, :Z_DIM]
-    sign = torch.sign(basis[basis.abs().argmax(0), torch.arange(Z_DIM)])  # eigh's signs are free
-    std = values.flip(0)[:Z_DIM].clamp_min(0).sqrt()
-    return PatchPca(mean.float(), (basis * sign).float(), std.float())
+    basis = basis * torch.sign(basis[basis.abs().argmax(0), torch.arange(Z_DIM)])
+    scores = _windows((rows - mean) @ basis).flatten(0, -2)
+    known = torch.cat([scores, torch.ones(len(scores), 1, dtype=torch.double)], dim=1)
+    solved = torch.linalg.solve(known.T @ known, known.T @ patches.double().flatten(0, -2))
+    return PatchPca(
+        mean=mean.float(),
+        basis=basis.float(),
+        std=values.flip(0)[:Z_DIM].clamp_min(0).sqrt().float(),
+        inverse=solved[:-1].float(),
+        offset=solved[-1].float(),
+    )
+
+
+def _windows(values: Tensor) -> Tensor:
+    """Append to each frame of [b, f, h, w, c] those before it, zeros before the first."""
+    past = [torch.roll(values, shift, dims=1) for shift in range(WINDOW)]
+    for shift in range(1, WINDOW):
+        past[shift][:, :shift] = 0.0
+    return torch.cat(past, dim=-1)
 
 
 def build(pca: PatchPca) -> AutoencoderKLWan:
@@ -67,35 +95,42 @@ def build(pca: PatchPca) -> AutoencoderKLWan:
         for half in (vae.encoder, vae.decoder):
             _make_transparent(half)
         for conv in (vae.quant_conv, vae.post_quant_conv):
-            _set_centre(conv, torch.eye(conv.out_channels), torch.zeros(conv.out_channels))
-        scores = pca.basis.T
-        _set_centre(vae.encoder.conv_in, *_antisymmetric(scores, -scores @ pca.mean))
+            _set_taps(conv, [torch.eye(conv.out_channels)], torch.zeros(conv.out_channels))
+        per_frame = [_signed(basis.T) for basis in pca.basis.chunk(WINDOW)]
+        start = -pca.basis.T @ pca.mean
+        anchor = torch.tensor([_ANCHOR])
+        _set_taps(vae.encoder.conv_in, per_frame, torch.cat([start, -start, anchor]))
         readout = torch.cat([torch.eye(Z_DIM), -torch.eye(Z_DIM)], dim=1)
         silent = torch.zeros(Z_DIM)
-        _set_centre(
+        _set_taps(
             vae.encoder.conv_out,
-            torch.cat([readout, torch.zeros_like(readout)]),
+            [torch.cat([readout, torch.zeros_like(readout)])],
             torch.cat([silent, silent - 30.0]),  # second half: log variance
         )
-        _set_centre(vae.decoder.conv_in, *_antisymmetric(torch.eye(Z_DIM), silent))
-        _set_centre(vae.decoder.conv_out, pca.basis @ readout, pca.mean)
+        pair = torch.cat([silent, silent, anchor])
+        _set_taps(vae.decoder.conv_in, [_signed(torch.eye(Z_DIM))], pair)
+        back = [part.T @ readout for part in pca.inverse.chunk(WINDOW)]
+        _set_taps(vae.decoder.conv_out, back, pca.offset)
     return vae
 
 
-def _antisymmetric(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Stack a map, its negative, and the constant anchor channel."""
-    anchor = torch.zeros(1, weight.shape[1])
-    return torch.cat([weight, -weight, anchor]), torch.cat([bias, -bias, torch.tensor([_ANCHOR])])
+def _signed(weight: Tensor) -> Tensor:
+    """Stack a map and its negative."""
+    return torch.cat([weight, -weight])
 
 
-def _set_centre(conv: nn.Conv3d, weight: Tensor, bias: Tensor) -> None:
-    """Make a causal convolution a per-position linear map; rows beyond `weight` become zero."""
+def _set_taps(conv: nn.Conv3d, weights: list[Tensor], bias: Tensor) -> None:
+    """Make a causal convolution a linear map of each position's newest frames, newest first.
+
+    Rows and columns beyond a weight become zero.
+    """
     conv.weight.zero_()
     assert conv.bias is not None
     conv.bias.zero_()
     frames, rows, columns = conv.kernel_size
-    tap = conv.weight[:, :, frames - 1, rows // 2, columns // 2]  # causal: the last frame is "now"
-    tap[: weight.shape[0], : weight.shape[1]] = weight
+    for age, weight in enumerate(weights):
+        tap = conv.weight[:, :, frames - 1 - age, rows // 2, columns // 2]
+        tap[: weight.shape[0], : weight.shape[1]] = weight
     conv.bias[: len(bias)] = bias
 
 
