@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ditune.miniature import architecture
 from ditune.miniature.architecture import Size
@@ -68,7 +68,11 @@ def grow(model: WanTransformer3DModel, size: Size, num_layers: int) -> WanTransf
 
 
 class FlowTrainer:
-    """Train one denoiser; its whole state can be saved and resumed at any step."""
+    """Train one denoiser; its whole state can be saved and resumed at any step.
+
+    Where `torch.distributed` is initialised, every process takes its share of the batch and
+    gradients are averaged: two processes of one thread beat two threads in one process.
+    """
 
     def __init__(
         self,
@@ -92,8 +96,12 @@ class FlowTrainer:
         self.pca = pca
         self.text = text
         self.schedule = schedule
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
+        self.generator = torch.Generator()
         self.step = 0
+        together = distributed.is_initialized()
+        self.rank = distributed.get_rank() if together else 0
+        self.processes = distributed.get_world_size() if together else 1
         matrices: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
@@ -109,9 +117,12 @@ class FlowTrainer:
             group["lr"] = MUON_RATE * factor
         for group in self.adamw.param_groups:
             group["lr"] = ADAMW_RATE * factor
+        # data and noise follow from seed, step and rank alone: resuming needs no generator state
+        self.generator.manual_seed((self.seed << 40) + (self.step << 8) + self.rank)
         loss = self._loss()
         self.model.zero_grad(set_to_none=True)
         loss.backward()
+        self._average_gradients()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.muon.step()
         self.adamw.step()
@@ -124,15 +135,25 @@ class FlowTrainer:
         self.step += 1
         return float(loss.detach())
 
+    def _average_gradients(self) -> None:
+        if self.processes == 1:
+            return
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        distributed.all_reduce(flat)
+        parts = flat.div_(self.processes).split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
     def _loss(self) -> Tensor:
         """Return the velocity error on fresh clips; noise levels lean to the noisy half."""
-        count, generator = self.schedule.batch, self.generator
+        count, generator = self.schedule.batch // self.processes, self.generator
         clips = render(count, generator)
         clean = self.pca.encode(clips.frames)
         subject = (clips.digit * len(COLOUR_NAMES) + clips.colour) * len(MOTIONS) + clips.motion
         dropped = torch.rand(count, generator=generator) < CAPTION_DROPOUT
         subject = torch.where(dropped, len(self.text) - 1, subject)
-        sigma = torch.sigmoid(torch.randn(count, generator=generator) * 1.1 + 0.6)
+        sigma = torch.sigmoid(torch.randn(count, generator=generator) * 1.1 + 1.0)
         uniform = torch.rand(count, 2, generator=generator)
         sigma = torch.where(uniform[:, 0] < 0.1, uniform[:, 1], sigma)
         noise = torch.randn(clean.shape, generator=generator)
@@ -150,7 +171,6 @@ class FlowTrainer:
             "ema": self.ema.state_dict(),
             "muon": self.muon.state_dict(),
             "adamw": self.adamw.state_dict(),
-            "generator": self.generator.get_state(),
         }
         fresh = path.with_suffix(".new")
         torch.save(state, fresh)
@@ -164,4 +184,3 @@ class FlowTrainer:
         self.ema.load_state_dict(state["ema"])
         self.muon.load_state_dict(state["muon"])
         self.adamw.load_state_dict(state["adamw"])
-        self.generator.set_state(state["generator"])

@@ -21,7 +21,6 @@ from ditune.miniature.classifier import Judge
 from ditune.miniature.clips import Clips, render
 from ditune.miniature.language import COLOUR_NAMES, DIGITS, MOTIONS, subjects
 
-PCA_CLIPS = 4000
 Log = Callable[[int, float], None]  # step, loss
 
 
@@ -102,7 +101,7 @@ def _cross_entropy(logits: tuple[Tensor, ...], wanted: Tensor) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def fit_pca(seed: int, clips: int = PCA_CLIPS) -> codec.PatchPca:
+def fit_pca(seed: int, clips: int) -> codec.PatchPca:
     """Fit the patch PCA of the codec to rendered training clips."""
     return codec.fit(render(clips, torch.Generator().manual_seed(seed)).frames)
 
