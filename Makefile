@@ -43,8 +43,6 @@ check: $(DEV)  ## check format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy $(CHECKED)
-	@if $(BIN)/pyright --version >/dev/null 2>&1; then echo $(BIN)/pyright; $(BIN)/pyright; \
-	else echo "pyright does not start on this machine (it needs Node.js): left out"; fi
 
 bench: $(BASE)  ## run every benchmark; rows go to bench-out/, older ones stay: make bench ARGS=--quick
 	@mkdir -p bench-out

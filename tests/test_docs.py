@@ -30,7 +30,7 @@ def test_the_command_line_page_is_the_help_of_the_commands(tmp_path: Path) -> No
     assert fresh.read_text() == page.read_text(), f"run make docs, or the test with {RENEW}=1"
 
 
-class Short(WanPipeline):
+class Short(WanPipeline):  # type: ignore[misc]  # diffusers' names count as Any
     """The miniature's pipeline with its own sizes as defaults, as a user's model has them."""
 
     def __call__(self, prompt: str, **asked: Any) -> Any:

@@ -143,7 +143,7 @@ def _load(model: str, revision: str | None) -> Any:
         return DiffusionPipeline.from_pretrained(
             model, revision=revision, use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, AttributeError, ImportError) as fault:
         first = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
         raise UsageFault(f"diffusers cannot load a pipeline from {model}: {first}") from fault
 

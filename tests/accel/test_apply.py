@@ -10,6 +10,7 @@ from diffusers import WanPipeline
 from torch import nn
 
 from ditune.accel.apply import DISABLE_VARIABLE, accelerate
+from ditune.accel.payload import History
 from ditune.db.errors import UsageFault
 from ditune.db.records import Action, Handoff, MaskCache, Payload, Policy, RuleCache
 
@@ -84,18 +85,17 @@ def test_blocks_run_as_often_as_the_mask_says(
 
 def test_cached_steps_never_write_a_cache(pipe: WanPipeline, generate: Generate) -> None:
     """Rule 2: a step that reuses one granularity leaves every cache as it was."""
-    policy = masked("full", "full", *(["cfg", "block", "step"] * 4)[: STEPS - 2])
-    from ditune.accel import mixcache
-
+    reused: tuple[Action, ...] = ("cfg", "block", "step")
+    policy = masked("full", "full", *(reused * 4)[: STEPS - 2])
     written: list[int] = []
-    original = mixcache.History.add
+    original = History.add
 
-    def spy(self: mixcache.History, step: int, value: torch.Tensor) -> None:
+    def spy(self: History, step: int, value: torch.Tensor) -> None:
         written.append(step)
         original(self, step, value)
 
     with pytest.MonkeyPatch.context() as patch, accelerate(pipe, policy):
-        patch.setattr(mixcache.History, "add", spy)
+        patch.setattr(History, "add", spy)
         generate(pipe)
     assert {0, 1} == set(written)
 
@@ -246,8 +246,9 @@ def test_caches_of_the_large_model_are_never_used_in_the_small_one(
     pipe.scheduler.set_timesteps(STEPS)
     between = float(pipe.scheduler.sigmas[5] + pipe.scheduler.sigmas[6]) / 2
     calls = BlockCalls(small.blocks)  # type: ignore[arg-type]
-    actions: list[Action] = ["full"] * 6 + ["step"] * 6
-    policy = masked(*actions).model_copy(update={"handoff": Handoff(sigma=between)})
+    full: list[Action] = ["full"] * 6
+    step: list[Action] = ["step"] * 6
+    policy = masked(*full, *step).model_copy(update={"handoff": Handoff(sigma=between)})
     with accelerate(pipe, policy, small=small):
         generate(pipe)
     assert calls.counts == [12, 12]  # nothing to reuse yet: every step is computed

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from typer.testing import CliRunner
 from ditune.cli.main import app, main
 from ditune.db.errors import DituneError
 
+ROOT = Path(__file__).resolve().parents[2]
 runner = CliRunner()
 
 
@@ -60,7 +64,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         (["run", "--miniature", "--out", "{file}/out"], "cannot write the report"),
         (["run", "--miniature", "--out", "{out}", "--db", "{file}/x.db"], "{file}"),
         (["run", "--resume", "study-none"], "no study 'study-none'"),
-        (["policy", "verify", "/nowhere.json"], "cannot read the policy file"),
+        (["policy", "verify", "/nowhere.json"], "/nowhere.json cannot be read"),
         (["policy", "show", "abc"], "tune policy list"),
         (["report"], "holds no study yet"),
     ],
@@ -196,3 +200,13 @@ def test_every_error_has_an_exit_code_of_the_contract() -> None:
             yield from tree(child)
 
     assert {kind.exit_code for kind in tree(DituneError)} <= {1, 2, 3, 4, 5, 6, 130}
+
+
+def test_help_loads_nothing_heavy() -> None:
+    heavy = "{'torch', 'diffusers', 'optuna', 'sqlalchemy'}"
+    code = f"import sys, ditune.cli.main; print(*{heavy} & set(sys.modules))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    seen = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
+    )
+    assert seen.stdout.strip() == ""

@@ -13,7 +13,7 @@ from diffusers import WanPipeline
 
 from ditune import miniature
 from ditune.db.errors import UsageFault
-from ditune.miniature import codec
+from ditune.miniature.architecture import Z_DIM
 from ditune.miniature.classifier import JudgeMetric, hits, trained_judge
 from ditune.miniature.clips import FRAMES, SIZE, render
 from ditune.miniature.language import subjects
@@ -79,7 +79,7 @@ def test_the_codec_reconstructs_and_its_encoder_is_the_pca(source: MiniatureSour
     assert float(psnr.mean()) >= 26.0
     std = torch.tensor(source.pipe.vae.config.latents_std).view(1, -1, 1, 1, 1)
     assert 0.5 < float((latents / std).std()) < 2.0
-    assert latents.shape[1] == codec.Z_DIM
+    assert latents.shape[1] == Z_DIM
 
 
 def test_large_and_small_share_everything_but_the_transformer() -> None:

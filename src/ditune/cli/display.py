@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,7 +20,9 @@ from rich.table import Table
 
 from ditune.cli.sources import print_json
 from ditune.db.records import Quality
-from ditune.tuner.session import Result, Stage
+
+if TYPE_CHECKING:
+    from ditune.tuner.session import Result, Stage
 
 _STAGES: dict[Stage, str] = {
     "profile": "profiling the pipeline",

@@ -23,7 +23,7 @@ _FOLDERS: dict[Size, str] = {"large": "transformer", "small": "transformer_small
 
 # The reference setting. The codec does not compress time, and WanPipeline then rounds any number of
 # frames up by one: 12 asks for 13.
-CALL = MappingProxyType(
+CALL: MappingProxyType[str, Any] = MappingProxyType(
     {
         "height": 32,
         "width": 32,

@@ -18,6 +18,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 from transformers import UMT5EncoderModel
 
 from ditune.miniature import architecture, codec, flow, recipe
@@ -150,7 +151,7 @@ def _train_denoiser(run: Run, stage: str) -> None:
         return
     rendezvous = run.folder / f"{stage}.rendezvous"
     rendezvous.unlink(missing_ok=True)
-    torch.multiprocessing.spawn(_join_and_train, (run, stage, rendezvous), run.processes)
+    spawn(_join_and_train, (run, stage, rendezvous), run.processes)
     rendezvous.unlink(missing_ok=True)
 
 
