@@ -186,7 +186,7 @@ def _train_share(rank: int, run: Run, stage: str) -> None:
 
 
 def export_stage(run: Run, target: Path = WEIGHTS) -> None:
-    """Write the shipped folder: every part in half precision, in safetensors and JSON."""
+    """Write the shipped folder: every part in half precision where that costs nothing."""
     sizes: dict[Size, str] = {"large": "transformer", "small": "transformer_small"}
     for size, name in sizes.items():
         WanTransformer3DModel.from_pretrained(run.folder / size).half().save_pretrained(
