@@ -23,6 +23,7 @@ from ditune.miniature import architecture
 from ditune.miniature.architecture import PATCH, Z_DIM
 
 WINDOW = 3  # frames that a latent sees: its own and those before it
+GRAIN = 0.03  # noise in latents that the inverse must not amplify, as a share of their spread
 _ANCHOR = 1000.0  # the constant channel; large against every other, so that norms become fixed
 _ANCHOR_CHANNEL = 2 * Z_DIM
 _WHITENING = 0.5  # 1 would give every component unit variance, 0 would keep the spectrum
@@ -70,11 +71,14 @@ def fit(frames: Tensor) -> PatchPca:
     basis = basis * torch.sign(basis[basis.abs().argmax(0), torch.arange(Z_DIM)])
     scores = _windows((rows - mean) @ basis).flatten(0, -2)
     known = torch.cat([scores, torch.ones(len(scores), 1, dtype=torch.double)], dim=1)
-    solved = torch.linalg.solve(known.T @ known, known.T @ patches.double().flatten(0, -2))
+    std = values.flip(0)[:Z_DIM].clamp_min(0).sqrt()
+    ridge = torch.cat([(GRAIN * std).square().repeat(WINDOW), torch.zeros(1)]) * len(known)
+    normal = known.T @ known + torch.diag(ridge)
+    solved = torch.linalg.solve(normal, known.T @ patches.double().flatten(0, -2))
     return PatchPca(
         mean=mean.float(),
         basis=basis.float(),
-        std=values.flip(0)[:Z_DIM].clamp_min(0).sqrt().float(),
+        std=std.float(),
         inverse=solved[:-1].float(),
         offset=solved[-1].float(),
     )

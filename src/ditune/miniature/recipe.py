@@ -119,7 +119,7 @@ def train_decoder(
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, betas=(0.9, 0.99))
     scale = pca.latents_std.view(1, -1, 1, 1, 1)
     for step in range(steps):
-        linear_decay(optimizer, step, steps, 1e-3)
+        linear_decay(optimizer, step, steps, 3e-4)
         frames = render(16, generator).frames
         latents = pca.encode(frames)
         grain = torch.rand(len(frames), 1, 1, 1, 1, generator=generator) * 0.05
