@@ -197,6 +197,10 @@ def export_stage(run: Run, target: Path = WEIGHTS) -> None:
     architecture.tokenizer().save_pretrained(target / "tokenizer")
     architecture.scheduler().save_pretrained(target / "scheduler")
     judge: dict[str, Tensor] = load_file(run.folder / "judge.safetensors")
+    for config in target.rglob("config.json"):  # diffusers notes where a model was loaded from
+        kept = json.loads(config.read_text(encoding="utf-8"))
+        kept.pop("_name_or_path", None)
+        config.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     (target / "judge").mkdir(parents=True, exist_ok=True)
     save_file(judge, target / "judge" / "judge.safetensors")
 
