@@ -141,7 +141,7 @@ def make_engine(url: URL, *, foreign_keys: bool = True) -> Engine:
         def _settings(connection: Any, _record: object) -> None:
             try:
                 _configure(connection, foreign_keys)
-            except sqlite3.Error:
+            except (sqlite3.Error, UnicodeDecodeError):
                 connection.close()
                 raise
 
@@ -190,6 +190,8 @@ def faults(where: str, *, opening: bool = False) -> Iterator[None]:
     """
     try:
         yield
+    except UnicodeDecodeError as error:  # the damage stands in the very message that names it
+        raise _damaged(where, "unreadable text") from error
     except (SQLAlchemyError, sqlite3.Error) as error:
         cause = error.orig if isinstance(error, DBAPIError) and error.orig else error
         detail = str(cause).strip().partition("\n")[0]
@@ -221,6 +223,10 @@ def _sqlite_fault(error: sqlite3.Error, where: str, detail: str) -> DituneError:
         case sqlite3.SQLITE_IOERR | sqlite3.SQLITE_NOMEM | sqlite3.SQLITE_INTERRUPT:
             return StoreFault(f"{where} could not be read or written: {detail}")
     # not a database, malformed pages, a missing table or column, a text that is no text
+    return _damaged(where, detail)
+
+
+def _damaged(where: str, detail: str) -> CorruptData:
     return CorruptData(
         f"{where} is damaged ({detail}): restore a backup, or move it away to start anew"
     )

@@ -109,7 +109,8 @@ def require_intact(connection: Connection, where: str) -> None:
         )
     found = connection.execute(text("PRAGMA quick_check(1)")).scalar()
     if found != "ok":
-        raise CorruptData(f"{where} is damaged ({found}): restore a backup, or move it away")
+        detail = " ".join(str(found).split())  # SQLite answers in several lines
+        raise CorruptData(f"{where} is damaged ({detail}): restore a backup, or move it away")
 
 
 def revision_of(connection: Connection, where: str) -> str | None:

@@ -89,6 +89,8 @@ def find(
         # a WAL database in a folder that cannot be written: readable only as one that never changes
         _require_merged(path)
         return _find(path, "immutable=1", (hardware, software, workload, tier))
+    except UnicodeDecodeError as error:  # the damage stands in the very message that names it
+        raise CorruptData(f"{path} is damaged (unreadable text): {_DAMAGED}") from error
     except sqlite3.Error as error:
         raise _fault(path, error) from error
 
@@ -275,4 +277,5 @@ def _fault(path: Path, error: sqlite3.Error) -> DituneError:
             return UsageFault(f"{path} cannot be read ({error}): check its permissions")
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED | sqlite3.SQLITE_IOERR:
             return StoreFault(f"{path} cannot be read now ({error})")
-    return CorruptData(f"{path} is damaged ({error}): {_DAMAGED}")
+    detail = " ".join(str(error).split())
+    return CorruptData(f"{path} is damaged ({detail}): {_DAMAGED}")
