@@ -21,6 +21,7 @@ from ditune.miniature.architecture import Size
 from ditune.miniature.clips import render
 from ditune.miniature.codec import PatchPca
 from ditune.miniature.language import COLOUR_NAMES, MOTIONS
+from ditune.miniature.muon import Muon
 
 CAPTION_DROPOUT = 0.12
 EMA_DECAY = 0.999
@@ -81,6 +82,8 @@ class FlowTrainer:
         text: Tensor,
         schedule: Schedule,
         seed: int,
+        *,
+        compiled: bool = False,
     ) -> None:
         """Prepare optimisers and the exponential moving average.
 
@@ -90,6 +93,7 @@ class FlowTrainer:
             text: Prompt embeddings [481, tokens, width], the empty prompt last.
             schedule: Steps, batch size and learning rates.
             seed: Of data, noise and dropout.
+            compiled: Compile the blocks: needs a C++ compiler, and makes a step 1.5x faster.
         """
         self.model = model.train()
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -107,7 +111,9 @@ class FlowTrainer:
         for name, parameter in model.named_parameters():
             inner = name.startswith("blocks.") and parameter.ndim == 2
             (matrices if inner else rest).append(parameter)
-        self.muon = torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.01, ns_steps=4)
+        if compiled:
+            model.compile_repeated_blocks(fullgraph=True)
+        self.muon = Muon(matrices, lr=MUON_RATE, weight_decay=0.01)
         self.adamw = torch.optim.AdamW(rest, lr=ADAMW_RATE, weight_decay=0.0, betas=(0.9, 0.98))
 
     def advance(self) -> float:
@@ -153,7 +159,7 @@ class FlowTrainer:
         subject = (clips.digit * len(COLOUR_NAMES) + clips.colour) * len(MOTIONS) + clips.motion
         dropped = torch.rand(count, generator=generator) < CAPTION_DROPOUT
         subject = torch.where(dropped, len(self.text) - 1, subject)
-        sigma = torch.sigmoid(torch.randn(count, generator=generator) * 1.1 + 1.0)
+        sigma = torch.sigmoid(torch.randn(count, generator=generator) * 1.2 + 0.7)
         uniform = torch.rand(count, 2, generator=generator)
         sigma = torch.where(uniform[:, 0] < 0.1, uniform[:, 1], sigma)
         noise = torch.randn(clean.shape, generator=generator)

@@ -40,19 +40,22 @@ class Recipe:
     pca_clips: int = 4000
     judge_steps: int = 1500
     decoder_steps: int = 3000
-    shallow: Schedule = field(default_factory=lambda: Schedule(steps=2800, batch=64, end=0.35))
-    large: Schedule = field(default_factory=lambda: Schedule(steps=600, batch=64, start=0.4))
-    small: Schedule = field(default_factory=lambda: Schedule(steps=5000, batch=64))
+    shallow: Schedule = field(default_factory=lambda: Schedule(steps=2000, batch=64, end=0.35))
+    large: Schedule = field(default_factory=lambda: Schedule(steps=350, batch=64, start=0.35))
+    small: Schedule = field(default_factory=lambda: Schedule(steps=4000, batch=64))
 
 
 class Run:
     """A run folder: results by stage, checkpoints, and a log with one JSON object per line."""
 
-    def __init__(self, folder: Path, recipe_: Recipe, processes: int = 1) -> None:
+    def __init__(
+        self, folder: Path, recipe_: Recipe, processes: int = 1, *, compiled: bool = False
+    ) -> None:
         """Open or create the folder; denoisers are trained in so many processes."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder.resolve()
         self.processes = processes
+        self.compiled = compiled
         self.recipe = recipe_
         (folder / "recipe.json").write_text(json.dumps(asdict(recipe_), indent=2) + "\n")
 
@@ -171,7 +174,7 @@ def _train_share(rank: int, run: Run, stage: str) -> None:
     """Train with checkpoints; leaves the moving average as a diffusers folder."""
     model, schedule = _beginning(run, stage)
     text = recipe.text_table(run.text())
-    trainer = FlowTrainer(model, run.pca(), text, schedule, run.recipe.seed)
+    trainer = FlowTrainer(model, run.pca(), text, schedule, run.recipe.seed, compiled=run.compiled)
     checkpoint = run.folder / f"{stage}.checkpoint.pt"
     if checkpoint.exists():
         trainer.resume(checkpoint)
@@ -210,9 +213,9 @@ STAGES: dict[str, tuple[Callable[[Run], None], str]] = {  # name -> what runs, w
     "pca": (pca_stage, "pca.safetensors"),
     "judge": (judge_stage, "judge.safetensors"),
     "vae": (vae_stage, "vae"),
+    "small": (small_stage, "small"),
     "shallow": (shallow_stage, "shallow"),
     "large": (large_stage, "large"),
-    "small": (small_stage, "small"),
     "export": (export_stage, "exported"),
 }
 
@@ -224,9 +227,15 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     cores = torch.get_num_threads()
     parser.add_argument("--processes", type=int, default=cores, help="of one thread each")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compile the blocks: faster, but needs a C++ compiler",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1 if arguments.processes > 1 else cores)
-    run = Run(arguments.run, Recipe(), arguments.processes)
+    run = Run(arguments.run, Recipe(), arguments.processes, compiled=arguments.compile)
     for name in arguments.stages:
         stage, leaves = STAGES[name]
         if not run.done(leaves):
