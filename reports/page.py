@@ -7,9 +7,7 @@ them, charts get them as JSON, and the content security policy forbids every oth
 from __future__ import annotations
 
 import base64
-import errno
 import hashlib
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ditune import __version__
-from ditune.db.errors import DituneError, UsageFault
+from ditune.db.files import write_atomically
 from ditune.db.records import MaskCache, Policy
 from ditune.reports import charts, gather, summary, words
+from ditune.reports.clip import shown_clips
 from ditune.reports.content import ReportContent
 from ditune.reports.figures import ACTION_HEIGHT
 from ditune.reports.frames import shown_strips
@@ -33,7 +32,6 @@ _PLOT_CONFIG = {  # plotly's default shows a button that uploads the chart
     "responsive": True,
 }
 _PROMPT_LIMIT = 600
-_CALLERS_FAULT = (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
 def render(content: ReportContent) -> str:
@@ -66,17 +64,9 @@ def write(content: ReportContent, path: Path) -> None:
 
     Raises:
         UsageFault: The folder is missing or cannot be written, or the path is a folder.
-        DituneError: Writing failed on the way (disk full); an older report is untouched.
+        StoreFault: The disk is full; an older report is untouched.
     """
-    data = render(content).encode("utf-8")
-    draft = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        draft.write_bytes(data)
-        draft.replace(path)
-    except OSError as fault:
-        raise _write_fault(path, fault) from fault
-    finally:
-        _remove(draft)
+    write_atomically(path, render(content).encode("utf-8"))
 
 
 def _result(content: ReportContent) -> dict[str, Any]:
@@ -104,13 +94,15 @@ def _evidence(content: ReportContent) -> dict[str, Any]:
     """Return what backs the result up: quality, frames, trials and conditions."""
     settings, fewer = content.study.settings, content.fewer_steps
     evidence = content.chosen.evidence if content.chosen is not None else None
+    given = [strip for strip in content.frames if len(strip.before) and len(strip.after)]
+    strips = shown_strips(given)
     return {
         "rows": gather.quality_rows(settings, evidence.quality, evidence.bound_by)
         if evidence is not None
         else (),
         "fewer": fewer,
         "fewer_rows": gather.quality_rows(settings, (fewer.quality or {}) if fewer else {}),
-        "strips": shown_strips(content.frames),
+        "strips": tuple(zip(strips, shown_clips(given[: len(strips)]), strict=True)),
         "strips_given": len(content.frames),
         "profile_words": summary.profile_in_words(content.profile),
         "trials": charts.trials_table(content),
@@ -163,27 +155,6 @@ def _security_policy(scripts: list[str]) -> str:
     hashes = (base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts)
     allowed = " ".join(f"'sha256-{found}'" for found in hashes)
     return (
-        "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
+        "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; media-src data:; "
         f"style-src 'unsafe-inline'; script-src {allowed}"
     )
-
-
-def _write_fault(path: Path, fault: OSError) -> DituneError:
-    callers = FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError
-    if isinstance(fault, callers) or fault.errno in _CALLERS_FAULT:
-        return UsageFault(
-            f"cannot write the report to {path}: {fault.strerror}; "
-            "name a file in an existing folder that you may write to"
-        )
-    return DituneError(
-        f"writing the report to {path} stopped: {fault.strerror}; "
-        "an older report is untouched, make room and write it again with tune report"
-    )
-
-
-def _remove(draft: Path) -> None:
-    """Remove what is left of a draft; nothing is left after it became the report."""
-    try:
-        draft.unlink(missing_ok=True)
-    except OSError:
-        return  # the fault that led here says more

@@ -103,9 +103,8 @@ class Search:
 
     def _one(self, done: Sequence[Trial]) -> Trial:
         """Ask, evaluate, store, tell."""
-        asked = self.study.ask()
-        point = self.space.suggest(asked)
-        policy = self.space.policy(point)
+        asked = self.study.ask(self.space.distributions)
+        policy = self.space.policy(asked.params)
         known = next((t for t in done if t.policy.id == policy.id), None)
         trial = self._tried(policy, asked, len(done)) if known is None else known
         if known is not None:  # another point that spells the same policy: nothing to run

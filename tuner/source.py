@@ -161,7 +161,7 @@ def read_prompts(path: Path) -> list[str]:
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise UsageFault(f"the prompt file {path} is empty: put one prompt on each line")
-    if longest := max(map(len, prompts)) > PROMPT_CHARACTERS_MAX:
+    if (longest := max(map(len, prompts))) > PROMPT_CHARACTERS_MAX:
         raise UsageFault(
             f"a prompt in {path} is longer than {PROMPT_CHARACTERS_MAX} characters ({longest})"
         )

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import optuna
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -77,10 +76,6 @@ class Space:
         """The digest of names and ranges: two searches over different spaces never mix."""
         text = {k: [type(d).__name__, d._asdict()] for k, d in self.distributions.items()}
         return digest_bytes(json.dumps(text, sort_keys=True, default=str).encode())
-
-    def suggest(self, trial: optuna.Trial) -> dict[str, float | int | str]:
-        """Return the sampler's next point."""
-        return {name: trial._suggest(name, d) for name, d in self.distributions.items()}
 
     def policy(self, point: Parameters) -> Policy:
         """Return the policy that a point spells."""

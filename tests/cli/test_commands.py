@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from ditune.cli.main import app, main
@@ -113,6 +114,13 @@ def test_a_folder_that_is_no_pipeline_is_refused(command: Any, tmp_path: Path) -
 def test_usage_errors_exit_2(command: Any) -> None:
     assert command("run", "--no-such-option")[0] == 2
     assert command("run", "--miniature", "--trials", "0")[0] == 2
+
+
+def test_two_runs_never_write_to_one_folder(command: Any, tmp_path: Path) -> None:
+    with FileLock(tmp_path / ".ditune.lock"):
+        code, out, err = command("run", "--miniature", "--out", str(tmp_path))
+    assert (code, out) == (2, "")
+    assert "another tune run is writing to" in err
 
 
 def test_a_damaged_policy_file_exits_6(command: Any, tmp_path: Path) -> None:

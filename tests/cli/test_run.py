@@ -63,9 +63,19 @@ def test_a_policy_is_found_saved_reported_and_found_again(
 ) -> None:
     out = tmp_path / "out"
     code, text, err = run(
-        "--trials", "6", "--quality", "psnr>=20,psnr_worst>=12", "--out", str(out), "--json"
+        "--trials",
+        "6",
+        "--quality",
+        "psnr>=20,psnr_worst>=12",
+        "--out",
+        str(out),
+        "--json",
+        "--junit",
+        str(tmp_path / "junit.xml"),
     )
     assert code == 0, err
+    assert 'tests="3" errors="0" failures="0"' in (tmp_path / "junit.xml").read_text()
+    assert (out / "trials.csv").read_text().count("\n") == 7  # a head and six trials
     found = json.loads(text)
     assert list(found) == [
         "schema",

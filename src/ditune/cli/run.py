@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +17,7 @@ from ditune.db.errors import DituneError, NoFeasiblePolicy, UsageFault
 if TYPE_CHECKING:
     from ditune.tuner.session import Options, Result
 
-_RESUMED = ("model", "small_model", "prompts", "quality", "out", "db")
+_RESUMED = ("model", "small_model", "prompts", "quality", "out", "junit", "db")
 _RESUMED_INTEGERS = ("trials", "seed", "steps", "height", "width", "frames")
 
 
@@ -52,6 +54,9 @@ def run(
     resume: Annotated[
         str | None, typer.Option("--resume", metavar="STUDY", help="Go on with a study.")
     ] = None,
+    junit: Annotated[
+        Path | None, typer.Option("--junit", help="Also write the floors as JUnit tests.")
+    ] = None,
     json_output: sources.Json = False,
 ) -> None:
     """Profile a pipeline, search a policy, prove it on unseen prompts, save it and report.
@@ -74,10 +79,31 @@ def run(
         "guidance": guidance,
         "db": db,
         "out": str(out),
+        "junit": str(junit) if junit else None,
     }
     if resume is not None:
         asked = _arguments_of(resume, db)
-    _run(asked, resume, json_output)
+    with _alone(Path(asked["out"])):
+        _run(asked, resume, json_output)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep a second run from writing to the same folder; its results would mix with these.
+
+    Raises:
+        UsageFault: The folder cannot be written, or another run holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    sources.require_writable(out, "the report")
+    try:
+        with FileLock(out / ".ditune.lock", blocking=False):
+            yield
+    except Timeout:
+        raise UsageFault(
+            f"another tune run is writing to {out}: wait for it, or name another folder with --out"
+        ) from None
 
 
 def _run(asked: dict[str, Any], resume: str | None, json_output: bool) -> None:
@@ -90,7 +116,9 @@ def _run(asked: dict[str, Any], resume: str | None, json_output: bool) -> None:
     out = Path(asked["out"])
     if asked["quality"] is not None:
         parse_constraints(asked["quality"])
-    sources.require_writable(out, "the report")
+    junit = Path(asked["junit"]) if asked["junit"] else None
+    if junit is not None:
+        sources.require_writable(junit.absolute().parent, "the JUnit file")
     url = sources.database_url(asked["db"])
     with Store.open(url) as store, RunDisplay(quiet=json_output) as display:
         source = _source(asked)
@@ -100,7 +128,7 @@ def _run(asked: dict[str, Any], resume: str | None, json_output: bool) -> None:
             result = session.run(study_storage_url(url))
         except KeyboardInterrupt:
             raise Interrupted(_how_to_resume(session.study_name, asked["db"])) from None
-    report = _write(result, out)
+    report = _write(result, out, junit)
     print_result(result, out, report, url, json_output)
     if result.policy_file is None:
         floors = asked["quality"] or source.quality
@@ -165,14 +193,21 @@ def _how_to_resume(study: str | None, db: str | None) -> str:
     )
 
 
-def _write(result: Result, out: Path) -> Path:
-    """Write the policy file and the report; return the report's path."""
+def _write(result: Result, out: Path, junit: Path | None) -> Path:
+    """Write the policy file, the trials, the floors as tests and the report; return its path."""
     from ditune.cli.reporting import content_of
     from ditune.db import policy_file
-    from ditune.reports import page
+    from ditune.db.files import write_atomically
+    from ditune.reports import export, page
 
-    if result.policy_file is not None:
-        policy_file.write(result.policy_file, out / "policy.json")
+    found = result.policy_file
+    if found is not None:
+        policy_file.write(found, out / "policy.json")
+    write_atomically(out / "trials.csv", export.trials_csv(result.trials).encode())
+    if junit is not None:
+        evidence = found.evidence if found is not None else None
+        text = export.junit_xml(result.study.name, evidence, result.best_seen())
+        write_atomically(junit, text.encode())
     report = out / "report.html"
     page.write(content_of(result), report)
     return report
