@@ -59,6 +59,7 @@ class Store:
     def __init__(self, engine: Engine, artifacts: Path | None) -> None:
         """Wrap an engine whose database has this release's schema."""
         self.where = shown(engine.url)
+        self.file = sqlite_file(engine.url)  # None where a server keeps the data
         self._engine = engine
         self._reader = engine.execution_options(**{READS: True})
         self._artifacts = artifacts

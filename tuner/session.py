@@ -9,9 +9,10 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from ditune.accel.apply import accelerate
 from ditune.accel.lookup import default_database
 from ditune.db.engine import study_storage_url
-from ditune.db.errors import NoFeasiblePolicy, UsageFault
+from ditune.db.errors import NoFeasiblePolicy, StoreFault, UsageFault
 from ditune.db.records import (
     Policy,
     PolicyFile,
@@ -130,6 +131,7 @@ class Session:
         trials = self._search(study, space, storage_url)
         confirmation = self._confirm(trials)
         policy_file = self._save(found, confirmation)
+        frames = self._frames(policy_file)
         return Result(
             study=study,
             profile=found,
@@ -137,7 +139,7 @@ class Session:
             policy_file=policy_file,
             passed_over=confirmation.reasons,
             notes=tuple(self.notes),
-            frames=self._frames(policy_file),
+            frames=frames,
             fewer_steps=self._fewer_steps(policy_file),
             duration_s=time.monotonic() - started,
         )
@@ -264,11 +266,32 @@ class Session:
         """Return two held-out prompts before and after, none without a policy."""
         if policy_file is None:
             return ()
-        pairs = []
-        for case in cases_of(self.source.held_out, _WORST_SHOWN, _CONFIRM_SEED):
-            tuned = self.evaluator.tuned(policy_file.policy, case)[0]
-            pairs.append(FramePair(case.prompt, self.evaluator.plain(case), tuned))
-        return tuple(pairs)
+        cases = cases_of(self.source.held_out, _WORST_SHOWN, _CONFIRM_SEED)
+        return tuple(
+            FramePair(case.prompt, self.evaluator.plain(case), self._applied(policy_file, case))
+            for case in cases
+        )
+
+    def _applied(self, policy_file: PolicyFile, case: Case) -> np.ndarray:
+        """Return a video as a user's program would get it: the policy comes from a lookup.
+
+        A server's policies are not looked up at run time; there the policy is handed over.
+        """
+        given = policy_file.policy if self.store.file is None else None
+        with accelerate(
+            self.source.pipe, given, small=self.source.small, db=self.store.file
+        ) as applied:
+            video = self.evaluator.generate(case)[0]
+            used = applied.summary()
+        if used.policy_id != policy_file.policy_id:
+            raise StoreFault(
+                f"the policy was saved to {self.store.where} and a lookup did not find it again "
+                f"({used.reason}): run tune db check on it"
+            )
+        said = f"applied again as accelerate(pipe) does it: {used.reason}"
+        if said not in self.notes:
+            self.notes.append(said)
+        return video
 
 
 def _value(name: str, quality: Quality) -> float:

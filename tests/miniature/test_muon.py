@@ -30,10 +30,9 @@ def test_it_is_the_library_optimiser_in_single_precision() -> None:
     torch.manual_seed(0)
     ours = [nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(4, 4))]
     theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
-    settings_ = {"lr": 0.05, "weight_decay": 0.1}
     optimisers = (
-        Muon(ours, iterations=4, **settings_),
-        torch.optim.Muon(theirs, ns_steps=4, **settings_),
+        Muon(ours, lr=0.05, weight_decay=0.1, iterations=4),
+        torch.optim.Muon(theirs, lr=0.05, weight_decay=0.1, ns_steps=4),
     )
     for _ in range(3):
         for mine, other in zip(ours, theirs, strict=True):

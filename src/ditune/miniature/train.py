@@ -2,7 +2,7 @@
 
 Stages run in order and are skipped when their result is in the run folder; a killed stage goes on
 from its last checkpoint. `export` writes the folder that the package ships. A whole run takes about
-three hours on two CPU cores.
+two hours on two CPU cores.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Recipe:
     judge_steps: int = 1500
     decoder_steps: int = 3000
     shallow: Schedule = field(default_factory=lambda: Schedule(steps=2000, batch=64, end=0.35))
-    large: Schedule = field(default_factory=lambda: Schedule(steps=350, batch=64, start=0.35))
+    large: Schedule = field(default_factory=lambda: Schedule(steps=200, batch=64, start=0.35))
     small: Schedule = field(default_factory=lambda: Schedule(steps=4000, batch=64))
 
 
