@@ -25,6 +25,7 @@ runner = CliRunner()
 @pytest.fixture(autouse=True)
 def own_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("DITUNE_DB", str(tmp_path / "default.db"))
+    monkeypatch.chdir(tmp_path)  # where results go by default
     yield
 
 
