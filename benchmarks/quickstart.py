@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 
 from benchmarks.rows import Benchmark, Row, main
+from diffusers.utils import logging as diffusers_logging
 
 from ditune.accel.apply import accelerate
 from ditune.accel.fingerprint import detect
@@ -29,6 +30,7 @@ _SPEEDUP_FLOOR, _INTERVAL_FLOOR = 1.5, 1.3
 
 def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
     """Compare policy, plain pipeline and fewer steps."""
+    diffusers_logging.set_verbosity_error()
     source = MiniatureSource()
     count = 6 if arguments.quick else 20
     cases = cases_of(source.held_out[_SKIPPED:], count, _SEED)
