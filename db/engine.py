@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,13 +165,30 @@ def _configure(connection: sqlite3.Connection, foreign_keys: bool) -> None:
     views and triggers instead.
     """
     connection.isolation_level = None
-    for pragma in (
-        f"busy_timeout={BUSY_TIMEOUT_MS}",  # first: the next one may have to wait
-        "journal_mode=WAL",
-        "synchronous=FULL",
-        f"foreign_keys={'ON' if foreign_keys else 'OFF'}",
-    ):
-        connection.execute(f"PRAGMA {pragma}").close()
+    # first: the next one may have to wait
+    connection.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}").close()
+    _use_wal(connection)
+    connection.execute("PRAGMA synchronous=FULL").close()
+    connection.execute(f"PRAGMA foreign_keys={'ON' if foreign_keys else 'OFF'}").close()
+
+
+def _use_wal(connection: sqlite3.Connection) -> None:
+    """Let readers and one writer work side by side, waiting while others open the same new file.
+
+    SQLite asks for the lock to switch while it holds one to read; to rule out a deadlock it then
+    answers "busy" at once, whatever the timeout is.
+    """
+    deadline_s = time.monotonic() + BUSY_TIMEOUT_MS / 1000
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL").close()
+        except sqlite3.OperationalError as error:
+            busy = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+            if not busy or time.monotonic() > deadline_s:
+                raise
+            time.sleep(random.uniform(0.001, 0.02))  # uneven, or the same two meet again
+        else:
+            return
 
 
 # --- what went wrong -----------------------------------------------------------------------------
