@@ -20,9 +20,10 @@ from optuna.trial import TrialState
 
 from ditune.db.records import Constraint, Policy, Trial
 from ditune.profiler.statistics import paired_speedup
+from ditune.tuner.budgets import next_budget
 from ditune.tuner.evaluate import Case, Evaluator, Outcome
 from ditune.tuner.quality import summarise
-from ditune.tuner.space import Space
+from ditune.tuner.space import Proposal, Space
 
 SEARCH_PAIRS = 1  # interleaved pairs per trial; confirmation takes one per prompt
 _STARTUP_TRIALS = 8
@@ -82,9 +83,7 @@ class Search:
             self.study.tell(trial.number, state=TrialState.FAIL)
         if fresh:
             for proposal in self.space.proposals():
-                self.study.enqueue_trial(
-                    proposal.parameters, user_attrs={"source": proposal.source}
-                )
+                self._enqueue(proposal)
 
     def run(self, budget: Budget, progress: Callable[[Trial, int], None]) -> list[Trial]:
         """Evaluate until the budget is spent; trials of earlier runs of the study count.
@@ -103,6 +102,7 @@ class Search:
 
     def _one(self, done: Sequence[Trial]) -> Trial:
         """Ask, evaluate, store, tell."""
+        self._propose(done)
         asked = self.study.ask(self.space.distributions)
         policy = self.space.policy(asked.params)
         known = next((t for t in done if t.policy.id == policy.id), None)
@@ -117,6 +117,17 @@ class Search:
         assert trial.speedup is not None
         self.study.tell(asked, 1.0 / trial.speedup)
         return trial
+
+    def _propose(self, done: Sequence[Trial]) -> None:
+        """Queue the profile's next mask, unless something waits already or enough is known."""
+        if self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            return
+        budget = next_budget(done, self.space.fewest, self.space.steps)
+        if budget is not None:
+            self._enqueue(self.space.prior(budget))
+
+    def _enqueue(self, proposal: Proposal) -> None:
+        self.study.enqueue_trial(proposal.parameters, user_attrs={"source": proposal.source})
 
     def _tried(self, policy: Policy, asked: optuna.Trial, number: int) -> Trial:
         """Evaluate a policy; the plain pipeline is known without running it against itself."""

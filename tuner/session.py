@@ -36,6 +36,7 @@ Stage = Literal["profile", "search", "confirm"]
 _SEARCH_SEED = 1_000  # noise seeds of the search and of confirmation never meet
 _CONFIRM_SEED = 500_000
 _WORST_SHOWN = 2
+_FEWER_STEPS_PROMPTS = 6  # the fewest steps are for comparison: half of the proof's prompts do
 
 
 class Progress(Protocol):
@@ -253,11 +254,12 @@ class Session:
         return policy_file
 
     def _fewer_steps(self, policy_file: PolicyFile | None) -> FewestSteps | None:
-        """Return the baseline of fewer steps, on the prompts of the search."""
+        """Return the baseline of fewer steps, on prompts that proved the policy."""
         if policy_file is None:
             return None
         self.progress.update("confirm", 1, 1, "fewer steps")
-        return fewest_steps(self.evaluator, self._search_cases())
+        count = min(self.options.confirm_prompts, _FEWER_STEPS_PROMPTS)
+        return fewest_steps(self.evaluator, cases_of(self.source.held_out, count, _CONFIRM_SEED))
 
     def _search_cases(self) -> list[Case]:
         return cases_of(self.source.calibration, self.options.search_prompts, _SEARCH_SEED)

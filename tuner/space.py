@@ -24,6 +24,7 @@ from ditune.db.records import Handoff, MaskCache, Payload, Policy, Profile, Rule
 from ditune.tuner.masks import densities, mask, place
 
 Parameters = Mapping[str, float | int | str]
+_COMPUTE_MIN = 0.05  # as a fraction of the steps
 _HANDOFF_LATEST = 1.0  # as a fraction of the steps: never
 
 
@@ -54,7 +55,7 @@ class Space:
         front = max(1, self.depth // 2)
         self.distributions: dict[str, BaseDistribution] = {
             "kind": CategoricalDistribution(["mask", "rule"]),
-            "compute_frac": FloatDistribution(0.1, 1.0),
+            "compute_frac": FloatDistribution(_COMPUTE_MIN, 1.0),
             "warmup_frac": FloatDistribution(0.02, 0.4),
             "cooldown_steps": IntDistribution(0, 3),
             "density_power": FloatDistribution(0.0, 1.5),
@@ -89,28 +90,29 @@ class Space:
         return Policy(cache=cache, handoff=handoff)
 
     def proposals(self) -> list[Proposal]:
-        """Return where to start: the plain pipeline, the paper's defaults, the profile's priors."""
-        plain = self._point(compute_frac=1.0, block_share=0.0, order=1)
+        """Return where to start: the plain pipeline, and MixCache's rule as the paper has it."""
+        plain = self._point(compute_frac=1.0)
         paper = self._point(
             kind="rule", warmup_frac=0.2, order=0, form="hidden", delta2=self._typical_change
         )
-        priors = [
-            self._point(compute_frac=frac, density_power=power)
-            for frac, power in ((0.6, 0.5), (0.4, 0.5), (0.3, 0.5), (0.4, 0.0), (0.22, 0.5))
-        ]
-        return [
-            Proposal("baseline", plain),
-            Proposal("prior", priors[0]),
-            Proposal("default", paper),
-            *(Proposal("prior", point) for point in priors[1:]),
-        ]
+        return [Proposal("baseline", plain), Proposal("default", paper)]
+
+    def prior(self, budget: int) -> Proposal:
+        """Return the mask that the profile suggests for a number of computed steps."""
+        return Proposal("prior", self._point(compute_frac=budget / self.steps))
+
+    @property
+    def fewest(self) -> int:
+        """The least number of steps that such a mask computes: its protected ends."""
+        ends = self._mask(self._point(compute_frac=0.0)).actions.count("full")
+        return max(ends, math.ceil(_COMPUTE_MIN * self.steps))
 
     def _point(self, **chosen: float | int | str) -> dict[str, float | int | str]:
         """Return a point with the given numbers and neutral ones elsewhere."""
         neutral: dict[str, float | int | str] = {
             "kind": "mask",
             "compute_frac": 0.5,
-            "warmup_frac": 0.1,
+            "warmup_frac": 0.05,
             "cooldown_steps": 1,
             "density_power": 0.5,
             "block_share": 0.0,

@@ -92,6 +92,7 @@ def test_what_the_caller_must_correct_is_one_sentence_and_exit_2(
     assert out == ""
     assert not list(tmp_path.rglob("*.html"))
     assert not list(tmp_path.rglob("policy.json"))
+    assert not (tmp_path / "ditune-out").exists()
 
 
 def test_a_model_with_too_few_prompts_is_refused(command: Any, tmp_path: Path) -> None:

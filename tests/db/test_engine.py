@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from ditune.db import engine as engine_module
 from ditune.db.engine import make_engine, parse_url, shown, study_storage_url
 from ditune.db.errors import StoreFault, UsageFault
 from ditune.db.store import Store
@@ -123,14 +122,14 @@ def test_opening_waits_for_the_first_to_open_a_new_file(
             waits.append(seconds)
             first.rollback()
 
-        monkeypatch.setattr(engine_module.time, "sleep", finish)
+        monkeypatch.setattr("ditune.db.engine.time.sleep", finish)
         Store.open(str(database)).close()
     assert len(waits) == 1
 
 
 def test_a_file_that_stays_locked_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     database = tmp_path / "policies.db"
-    monkeypatch.setattr(engine_module, "BUSY_TIMEOUT_MS", 0)
+    monkeypatch.setattr("ditune.db.engine.BUSY_TIMEOUT_MS", 0)
     with closing(sqlite3.connect(database)) as holder:
         holder.execute("BEGIN EXCLUSIVE")
         with pytest.raises(StoreFault, match="stayed locked by another process"):

@@ -134,7 +134,7 @@ def test_baseline_comes_first_and_the_search_finds_something_faster(tmp_path: Pa
     store = MemoryStore()
     found, _ = search(store, f"sqlite:///{tmp_path}/study.db")
     trials = found.run(Budget(trials=14), lambda *_: None)
-    assert [t.source for t in trials[:3]] == ["baseline", "prior", "default"]
+    assert [t.source for t in trials[:3]] == ["baseline", "default", "prior"]
     assert Policy() == trials[0].policy
     assert list(range(14)) == [t.number for t in trials]
     best = candidates(trials, 3)
@@ -211,6 +211,14 @@ def test_every_proposal_spells_a_valid_policy(guidance: bool) -> None:
     assert all(p.cache is not None for p in policies[1:])
     assert ("cfg_share" in space.distributions) == guidance
     assert space.digest != Space(profile(guidance), handoff=False).digest
+
+
+def test_a_prior_computes_as_many_steps_as_it_is_asked_to() -> None:
+    space = Space(profile(), handoff=False)
+    for budget in range(space.fewest, STEPS):
+        cache = space.policy(space.prior(budget).parameters).cache
+        assert isinstance(cache, MaskCache)
+        assert budget == cache.actions.count("full")
 
 
 def test_handoff_lies_between_two_noise_levels() -> None:

@@ -41,7 +41,7 @@ def profile(
     }
     url = sources.database_url(db)
     with Store.open(url) as store:
-        source = sources.load_source(model, miniature, small_model, prompts, call)
+        source = sources.source_loader(model, miniature, small_model, prompts, call)()
         console = Console(stderr=True, quiet=json_output)
         with console.status("profiling") as status:
             found = record(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,7 @@ from ditune.db.errors import DituneError, NoFeasiblePolicy, UsageFault
 
 if TYPE_CHECKING:
     from ditune.tuner.session import Options, Result
+    from ditune.tuner.source import Source
 
 _RESUMED = ("model", "small_model", "prompts", "quality", "out", "junit", "db")
 _RESUMED_INTEGERS = ("trials", "seed", "steps", "height", "width", "frames")
@@ -83,8 +84,21 @@ def run(
     }
     if resume is not None:
         asked = _arguments_of(resume, db)
+    load = _checked(asked)
     with _alone(Path(asked["out"])):
-        _run(asked, resume, json_output)
+        _run(asked, load, resume, json_output)
+
+
+def _checked(asked: Mapping[str, Any]) -> Callable[[], Source]:
+    """Return what loads the source, after finding every mistake that needs no model to be found.
+
+    Nothing is created before.
+    """
+    from ditune.tuner.quality import parse_constraints
+
+    if asked["quality"] is not None:
+        parse_constraints(asked["quality"])
+    return _source(asked)
 
 
 @contextmanager
@@ -106,22 +120,21 @@ def _alone(out: Path) -> Iterator[None]:
         ) from None
 
 
-def _run(asked: dict[str, Any], resume: str | None, json_output: bool) -> None:
+def _run(
+    asked: dict[str, Any], load: Callable[[], Source], resume: str | None, json_output: bool
+) -> None:
     """Do the work of the command with its arguments in one place."""
     from ditune.db.engine import study_storage_url
     from ditune.db.store import Store
-    from ditune.tuner.quality import parse_constraints
     from ditune.tuner.session import Session
 
     out = Path(asked["out"])
-    if asked["quality"] is not None:
-        parse_constraints(asked["quality"])
     junit = Path(asked["junit"]) if asked["junit"] else None
     if junit is not None:
         sources.require_writable(junit.absolute().parent, "the JUnit file")
     url = sources.database_url(asked["db"])
     with Store.open(url) as store, RunDisplay(quiet=json_output) as display:
-        source = _source(asked)
+        source = load()
         session = Session(source, store, _options(asked), display)
         session.expected_study = resume
         try:
@@ -135,7 +148,7 @@ def _run(asked: dict[str, Any], resume: str | None, json_output: bool) -> None:
         raise NoFeasiblePolicy(f"no policy holds {floors}: {result.best_seen()}")
 
 
-def _source(asked: dict[str, Any]) -> Any:
+def _source(asked: Mapping[str, Any]) -> Callable[[], Source]:
     call = {
         "num_inference_steps": asked["steps"],
         "height": asked["height"],
@@ -144,7 +157,7 @@ def _source(asked: dict[str, Any]) -> Any:
         "guidance_scale": asked["guidance"],
     }
     prompts = Path(asked["prompts"]) if asked["prompts"] else None
-    return sources.load_source(
+    return sources.source_loader(
         asked["model"], asked["miniature"], asked["small_model"], prompts, call
     )
 

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,14 +57,18 @@ def quieten_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def load_source(
+def source_loader(
     model: str | None,
     miniature: bool,
     small_model: str | None,
     prompts: Path | None,
     call: Mapping[str, Any],
-) -> Source:
-    """Load what the user named: exactly one of a model and the miniature."""
+) -> Callable[[], Source]:
+    """Check what the user named, exactly one of a model and the miniature; return what loads it.
+
+    Raises:
+        UsageFault: Arguments do not fit together, or the model or the prompts cannot be used.
+    """
     from ditune.tuner import source
 
     if miniature == (model is not None):
@@ -80,14 +84,21 @@ def load_source(
                 "--miniature brings its own prompts, sizes and small model: leave --prompts, "
                 "--small-model, --steps, --height, --width, --frames and --guidance out"
             )
-        quieten_libraries()
-        return source.registered("miniature")
+        return _quietly(lambda: source.registered("miniature"))
     if lines is None:
         raise UsageFault("a MODEL needs prompts to tune on: add --prompts FILE, one on each line")
     assert model is not None
     source.require_loadable(model, len(lines))
-    quieten_libraries()
-    return source.load_folder(model, lines, chosen, small_model=small_model)
+    folder, given = model, lines
+    return _quietly(lambda: source.load_folder(folder, given, chosen, small_model=small_model))
+
+
+def _quietly(load: Callable[[], Source]) -> Callable[[], Source]:
+    def loader() -> Source:
+        quieten_libraries()
+        return load()
+
+    return loader
 
 
 def database_url(db: str | None) -> str:
