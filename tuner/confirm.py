@@ -19,6 +19,7 @@ from ditune.tuner.quality import bound_by, summarise
 from ditune.tuner.search import now
 
 UNSEEN = 20  # the worst of so many further prompts should hold its floor too
+PAIRS_MIN = 6  # interleaved pairs that a speedup rests on
 _FIRST_LOOK = 4  # prompts after which a candidate is given up if it already misses a floor
 
 
@@ -42,25 +43,39 @@ def confirm(
 ) -> Confirmation:
     """Re-measure candidates, the fastest first, and return the first that holds every floor.
 
+    Quality comes first. Where a plain video has to be made for it, that run makes a pair; a later
+    candidate finds the videos there, and takes its pairs only once its quality is proved.
+
     Args:
         evaluator: Of the same source and constraints as the search.
         candidates: Feasible trials, the fastest first.
-        cases: Prompts and seeds that the search never saw; every one is an interleaved pair.
+        cases: Prompts and seeds that the search never saw.
         prompts_digest: Goes into the evidence.
-        progress: Called after every case with the cases done and the most there can be.
+        progress: Called after every video with the videos done and the most there can be.
     """
     reasons: list[str] = []
+    done, most = 0, len(candidates) * (len(cases) + PAIRS_MIN)
+
+    def measured(policy: Policy, case: Case, *, paired: bool) -> Outcome:
+        nonlocal done
+        outcome = evaluator.measure(policy, case, paired=paired)
+        done += 1
+        progress(done, most)
+        return outcome
+
     for looked_at, trial in enumerate(candidates, start=1):
         outcomes: list[Outcome] = []
         reason = ""
-        for outcome in evaluator.run(trial.policy, cases, pairs=len(cases)):
-            outcomes.append(outcome)
-            progress((looked_at - 1) * len(cases) + len(outcomes), len(candidates) * len(cases))
+        for case in cases:
+            outcomes.append(measured(trial.policy, case, paired=not evaluator.knows(case)))
             reason = _missed(evaluator.constraints, outcomes, final=len(outcomes) == len(cases))
             if reason:
                 break
         if not reason:
-            evidence = _evidence(evaluator, trial, outcomes, looked_at, prompts_digest)
+            pairs = [outcome for outcome in outcomes if outcome.baseline_ms is not None]
+            missing = max(min(PAIRS_MIN, len(cases)) - len(pairs), 0)
+            pairs += [measured(trial.policy, case, paired=True) for case in cases[:missing]]
+            evidence = _evidence(evaluator, trial, outcomes, pairs, (looked_at, prompts_digest))
             if evidence.speedup.ci95[0] > 1.0:
                 return Confirmation(trial.policy, evidence, looked_at, tuple(reasons))
             reason = "it is not certainly faster than the plain pipeline"
@@ -89,11 +104,12 @@ def _evidence(
     evaluator: Evaluator,
     trial: Trial,
     outcomes: Sequence[Outcome],
-    looked_at: int,
-    prompts_digest: str,
+    pairs: Sequence[Outcome],
+    origin: tuple[int, str],
 ) -> Evidence:
-    baseline = [o.baseline_ms for o in outcomes if o.baseline_ms is not None]
-    tuned = [o.tuned_ms for o in outcomes]
+    """Return what a policy was proved to give; `origin` is candidates looked at and prompts."""
+    baseline = [o.baseline_ms for o in pairs if o.baseline_ms is not None]
+    tuned = [o.tuned_ms for o in pairs]
     quality: dict[str, Quality] = summarise(evaluator.constraints, [o.values for o in outcomes])
     return Evidence(
         speedup=paired_speedup(baseline, tuned),
@@ -101,8 +117,8 @@ def _evidence(
         tuned_ms=sorted(tuned)[len(tuned) // 2],
         quality=quality,
         bound_by=bound_by(evaluator.constraints, quality),
-        candidates=looked_at,
-        prompts_digest=prompts_digest,
+        candidates=origin[0],
+        prompts_digest=origin[1],
         study=trial.study,
         git_commit=_commit(),
         created_at=now(),

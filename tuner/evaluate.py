@@ -62,6 +62,10 @@ class Evaluator:
             self._plain[case] = self.generate(case)[0]
         return self._plain[case]
 
+    def knows(self, case: Case) -> bool:
+        """Whether the plain video of a case was generated already."""
+        return case in self._plain
+
     def plain_values(self, case: Case) -> dict[str, float]:
         """Return what each metric gives the plain video against itself."""
         plain = self.plain(case)
@@ -96,10 +100,13 @@ class Evaluator:
         pairs: int,
         stop: Callable[[list[Outcome]], bool] = lambda _: False,
     ) -> Iterator[Outcome]:
-        """Measure a policy case by case, the first `pairs` of them paired; `stop` ends it early."""
+        """Measure a policy case by case; `stop` ends it early.
+
+        The last `pairs` are paired: a policy that is given up before costs no plain run.
+        """
         outcomes: list[Outcome] = []
         for index, case in enumerate(cases):
-            outcomes.append(self.measure(policy, case, paired=index < pairs))
+            outcomes.append(self.measure(policy, case, paired=index >= len(cases) - pairs))
             yield outcomes[-1]
             if stop(outcomes):
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from ditune.profiler.statistics import paired_speedup
 from ditune.tuner.evaluate import Case, Evaluator, Outcome
 from ditune.tuner.quality import summarise
 from ditune.tuner.source import FolderSource
+
+_PAIRS = 3  # interleaved pairs that their speedup rests on
 
 
 @dataclass(frozen=True)
@@ -26,43 +29,52 @@ def fewest_steps(evaluator: Evaluator, cases: Sequence[Case]) -> FewestSteps:
     """Find the fewest steps that hold the floors on some cases, by bisection.
 
     Quality is taken to fall with every step left out; where it does not, the answer is a number of
-    steps that holds, though perhaps not the fewest.
+    steps that holds, though perhaps not the fewest. Bisection is geometric, because a wrong guess
+    costs as many steps as it has.
 
     Args:
         evaluator: Of the pipeline at its full number of steps.
         cases: Every count is tried on them in order, and given up at the first hopeless one.
     """
     full = int(evaluator.source.call["num_inference_steps"])
-    low, high = 1, full
-    while high - low > 1:
-        middle = (low + high) // 2
-        if _outcomes(evaluator, cases, middle, paired=False):
-            high = middle
+    missed, held = 0, full
+    best: list[Outcome] = []
+    while held - missed > 1:
+        middle = min(max(round(math.sqrt(max(missed, 1) * held)), missed + 1), held - 1)
+        outcomes = _outcomes(evaluator, cases, middle)
+        if outcomes:
+            held, best = middle, outcomes
         else:
-            low = middle
-    best = _outcomes(evaluator, cases, high, paired=True) if high < full else []
-    pairs = [(o.baseline_ms, o.tuned_ms) for o in best if o.baseline_ms is not None]
+            missed = middle
+    pairs: list[Outcome] = []
+    if held < full:
+        shorter = _shorter(evaluator, held)
+        pairs = [shorter.measure(Policy(), case, paired=True) for case in cases[:_PAIRS]]
+    baseline = [o.baseline_ms for o in pairs if o.baseline_ms is not None]
     return FewestSteps(
-        steps=high,
-        speedup=paired_speedup([b for b, _ in pairs], [t for _, t in pairs]) if pairs else None,
+        steps=held,
+        speedup=paired_speedup(baseline, [o.tuned_ms for o in pairs]) if pairs else None,
         quality=summarise(evaluator.constraints, [o.values for o in best]) if best else {},
     )
 
 
-def _outcomes(
-    evaluator: Evaluator, cases: Sequence[Case], steps: int, *, paired: bool
-) -> list[Outcome]:
-    """Return the outcomes with fewer steps, empty as soon as a floor is certainly missed."""
+def _shorter(evaluator: Evaluator, steps: int) -> Evaluator:
+    """Return an evaluator of the pipeline with fewer steps that compares with the full number."""
     source = evaluator.source
     call: dict[str, Any] = {**source.call, "num_inference_steps": steps}
-    shorter = Evaluator(
+    return Evaluator(
         FolderSource(source.name, source.pipe, None, call, source.calibration, source.held_out),
         evaluator.constraints,
         plain=evaluator,
     )
+
+
+def _outcomes(evaluator: Evaluator, cases: Sequence[Case], steps: int) -> list[Outcome]:
+    """Return the outcomes with fewer steps, empty as soon as a floor is certainly missed."""
+    shorter = _shorter(evaluator, steps)
     outcomes: list[Outcome] = []
     for case in cases:
-        outcomes.append(shorter.measure(Policy(), case, paired=paired))
+        outcomes.append(shorter.measure(Policy(), case, paired=False))
         quality = summarise(evaluator.constraints, [o.values for o in outcomes])
         for constraint in evaluator.constraints:
             seen = quality[constraint.name]

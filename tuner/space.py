@@ -112,7 +112,7 @@ class Space:
         neutral: dict[str, float | int | str] = {
             "kind": "mask",
             "compute_frac": 0.5,
-            "warmup_frac": 0.05,
+            "warmup_frac": 0.1,
             "cooldown_steps": 1,
             "density_power": 0.5,
             "block_share": 0.0,

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-
 from ditune.accel.apply import Summary
 from ditune.db.records import MaskCache, Policy, Quality, Trial
 from ditune.tuner.confirm import confirm
@@ -33,28 +31,26 @@ def trial(number: int) -> Trial:
 
 
 class Scripted:
-    """Gives each policy the PSNRs and latency that the script lists, and counts the cases run."""
+    """Gives each policy the PSNRs and latency that the script lists, and counts what was run."""
 
     constraints = FLOORS
 
     def __init__(self, script: dict[int, tuple[list[float], float]]) -> None:
         self.script = {trial(n).policy.id: answer for n, answer in script.items()}
-        self.cases_run = 0
+        self.tuned_runs = self.plain_runs = 0
+        self.known: set[Case] = set()
 
-    def run(
-        self,
-        policy: Policy,
-        cases: Sequence[Case],
-        *,
-        pairs: int,
-        stop: Callable[[list[Outcome]], bool] = lambda _: False,
-    ) -> Iterator[Outcome]:
+    def knows(self, case: Case) -> bool:
+        return case in self.known
+
+    def measure(self, policy: Policy, case: Case, *, paired: bool) -> Outcome:
         psnrs, tuned_ms = self.script[policy.id]
-        assert len(cases) == pairs  # in confirmation every case is a pair
-        for case, psnr in zip(cases, psnrs, strict=True):
-            self.cases_run += 1
-            summary = Summary(policy.id, "", {}, 1, 1, 0, 2.0, 0, ())
-            yield Outcome(case, {"psnr": psnr}, tuned_ms + case.seed % 3, 100.0, summary)
+        self.tuned_runs += 1
+        self.plain_runs += paired or case not in self.known
+        self.known.add(case)
+        summary = Summary(policy.id, "", {}, 1, 1, 0, 2.0, 0, ())
+        values = {"psnr": psnrs[case.seed]}
+        return Outcome(case, values, tuned_ms + case.seed % 3, 100.0 if paired else None, summary)
 
 
 def spread(mean: float, by: float = 0.5) -> list[float]:
@@ -90,13 +86,22 @@ def test_a_candidate_whose_bound_misses_is_passed_over() -> None:
     assert trial(1).policy == found.policy  # type: ignore[attr-defined]
     assert found.evidence.candidates == 2  # type: ignore[attr-defined]
     assert "certain only above" in found.reasons[0]  # type: ignore[attr-defined]
-    assert evaluator.cases_run == 24
+    assert (evaluator.tuned_runs, evaluator.plain_runs) == (12 + 12 + 6, 12 + 6)
+    assert found.evidence.speedup.n == 6  # type: ignore[attr-defined]
+
+
+def test_each_speedup_rests_on_pairs_of_that_candidate() -> None:
+    early = [40.0] * 5 + [26.0] * 7  # given up at the sixth prompt
+    evaluator, found = run({0: (early, 20.0), 1: (spread(40), 50.0)})
+    assert (evaluator.tuned_runs, evaluator.plain_runs) == (6 + 12, 12)
+    assert 1.9 < found.evidence.speedup.median < 2.0  # type: ignore[attr-defined]
+    assert found.evidence.speedup.n == 6  # type: ignore[attr-defined]
 
 
 def test_a_bad_candidate_is_given_up_early() -> None:
     evaluator, found = run({0: (spread(30), 40.0), 1: ([40.0, 26.0, *spread(40)[2:]], 40.0)})
     assert found.policy is None  # type: ignore[attr-defined]
-    assert evaluator.cases_run == 4 + 2
+    assert (evaluator.tuned_runs, evaluator.plain_runs) == (4 + 2, 4)
     assert "psnr_worst 26 < 27" in found.reasons[1]  # type: ignore[attr-defined]
 
 

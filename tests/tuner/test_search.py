@@ -94,7 +94,7 @@ class ScriptedEvaluator:
         self.calls.append(policy.id)
         outcomes: list[Outcome] = []
         for index, case in enumerate(cases):
-            outcomes.append(self._outcome(policy, case, paired=index < pairs))
+            outcomes.append(self._outcome(policy, case, paired=index >= len(cases) - pairs))
             yield outcomes[-1]
             if stop(outcomes):
                 return
@@ -185,6 +185,7 @@ def outcome(psnr: float, ratio: float = 2.0, pair: tuple[float, float] | None = 
 def test_a_lucky_pair_cannot_beat_the_work_left_out() -> None:
     lucky = [outcome(40.0, ratio=1.5, pair=(100.0, 20.0))]
     assert search_speedup(lucky) == 1.5
+    assert search_speedup([outcome(20.0, ratio=1.5)]) == 1.5  # given up before its pair
     honest = [outcome(40.0, ratio=3.0, pair=(100.0, 50.0))]
     assert pytest.approx(2.0) == search_speedup(honest)
 
