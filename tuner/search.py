@@ -27,6 +27,7 @@ from ditune.tuner.space import Proposal, Space
 
 SEARCH_PAIRS = 1  # interleaved pairs per trial; confirmation takes one per prompt
 _STARTUP_TRIALS = 8
+_TYPICAL_WEIGHT = 3  # how many pairs the other trials of a study are worth to each
 
 
 class TrialStore(Protocol):
@@ -114,8 +115,7 @@ class Search:
         self.store.save_trial(trial)
         for name, violation in trial.violation.items():
             asked.set_constraint(name, violation)
-        assert trial.speedup is not None
-        self.study.tell(asked, 1.0 / trial.speedup)
+        self.study.tell(asked, 1.0 / expected_speedup(trial, [*done, trial]))
         return trial
 
     def _propose(self, done: Sequence[Trial]) -> None:
@@ -187,6 +187,26 @@ def search_speedup(outcomes: Sequence[Outcome]) -> float:
     return measured if small else min(measured, work_ratio)
 
 
+def expected_speedup(trial: Trial, trials: Sequence[Trial]) -> float:
+    """Return a trial's speedup with the noise of its one pair shrunk towards what its work says.
+
+    The share of the saved work that turns into speed is much the same for all policies of a study,
+    so each trial's own measurement counts as one among a few. Hand-offs stand for themselves: the
+    blocks of two models do not add up.
+    """
+    assert trial.speedup is not None
+    if trial.policy.handoff is not None or trial.work_ratio is None:
+        return trial.speedup
+    known = [
+        t.speedup / t.work_ratio
+        for t in trials
+        if t.state == "complete" and t.policy.cache and t.speedup and t.work_ratio
+    ]
+    typical = float(np.median(known)) if known else 1.0
+    own = trial.speedup / trial.work_ratio
+    return trial.work_ratio * float((own * typical**_TYPICAL_WEIGHT) ** (1 / (1 + _TYPICAL_WEIGHT)))
+
+
 def violations(
     constraints: Sequence[Constraint], values: Sequence[dict[str, float]]
 ) -> dict[str, float]:
@@ -223,7 +243,7 @@ def hopeless(constraints: Sequence[Constraint], outcomes: Sequence[Outcome]) -> 
 def candidates(trials: Sequence[Trial], count: int) -> list[Trial]:
     """Return the feasible trials to confirm: distinct policies, the fastest first."""
     feasible = [t for t in trials if t.feasible and t.speedup is not None and t.policy != Policy()]
-    fastest = sorted(feasible, key=lambda t: -(t.speedup or 0.0))
+    fastest = sorted(feasible, key=lambda t: -expected_speedup(t, trials))
     distinct: dict[str, Trial] = {}
     for trial in fastest:
         distinct.setdefault(trial.policy.id, trial)

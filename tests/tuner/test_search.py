@@ -8,6 +8,7 @@ import pytest
 
 from ditune.accel.apply import Summary
 from ditune.db.records import (
+    Action,
     Hardware,
     LayerTiming,
     MaskCache,
@@ -20,7 +21,15 @@ from ditune.db.records import (
 )
 from ditune.tuner.evaluate import Case, Outcome
 from ditune.tuner.quality import parse_constraints
-from ditune.tuner.search import Budget, Search, candidates, hopeless, search_speedup, violations
+from ditune.tuner.search import (
+    Budget,
+    Search,
+    candidates,
+    expected_speedup,
+    hopeless,
+    search_speedup,
+    violations,
+)
 from ditune.tuner.space import Space
 
 STEPS = 20
@@ -188,6 +197,33 @@ def test_a_lucky_pair_cannot_beat_the_work_left_out() -> None:
     assert search_speedup([outcome(20.0, ratio=1.5)]) == 1.5  # given up before its pair
     honest = [outcome(40.0, ratio=3.0, pair=(100.0, 50.0))]
     assert pytest.approx(2.0) == search_speedup(honest)
+
+
+def test_one_unlucky_pair_does_not_turn_the_order_of_work_around() -> None:
+    def measured(number: int, work: float, speedup: float) -> Trial:
+        reused: list[Action] = ["step"] * number
+        policy = Policy(cache=MaskCache(actions=("full", *reused)))
+        return Trial(
+            uuid=str(number),
+            study="study-1",
+            number=number,
+            source="prior",
+            policy=policy,
+            state="complete",
+            speedup=speedup,
+            work_ratio=work,
+            quality={},
+            violation={"psnr": -0.1},
+            reason=None,
+            duration_s=1.0,
+            created_at="2026-01-01T00:00:00Z",
+        )
+
+    trials = [measured(1, 2.0, 1.9), measured(2, 3.1, 3.1), measured(3, 3.6, 3.0)]
+    assert [t.number for t in candidates(trials, 3)] == [3, 2, 1]
+    slow = [*trials[:2], measured(3, 3.6, 1.0)]  # so slow that it is no accident
+    assert [t.number for t in candidates(slow, 3)] == [2, 3, 1]
+    assert pytest.approx(3.1 * 0.95**0.75) == expected_speedup(trials[1], trials)
 
 
 def test_hopeless_trials_end_early() -> None:
