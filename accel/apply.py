@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -16,26 +17,35 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from ditune.accel import fingerprint
-from ditune.accel.anatomy import BlockStack, denoisers
-from ditune.accel.internals import ForwardHook, attach, detach, output_like, sample_of
+from ditune.accel.anatomy import denoisers
+from ditune.accel.indicator import indicator_for
+from ditune.accel.internals import (
+    ForwardHook,
+    Output,
+    attach,
+    detach,
+    latents_of,
+    second_half,
+)
+from ditune.accel.location import Locator, Where
 from ditune.accel.lookup import lookup
-from ditune.accel.mixcache import COND, UNCOND, MixCache, StepPlan, Tally
+from ditune.accel.mixcache import (
+    BATCHED,
+    COND,
+    UNCOND,
+    Compute,
+    MixCache,
+    Place,
+    Tally,
+)
+from ditune.accel.plan import StepPlan
+from ditune.accel.spans import BlockStack
 from ditune.accel.trigger import trigger_for
 from ditune.db.errors import DituneError, UsageFault
-from ditune.db.records import Granularity, MaskCache, Match, Policy
+from ditune.db.records import Granularity, MaskCache, Match, Policy, RuleCache
 
 DISABLE_VARIABLE = "DITUNE_DISABLE"
 _log = logging.getLogger("ditune")
-
-
-@dataclass(frozen=True)
-class Where:
-    """Where in a pipeline call one forward is."""
-
-    branch: str
-    step: int
-    steps: int
-    sigma: float
 
 
 @dataclass(frozen=True)
@@ -65,10 +75,20 @@ class Summary:
         return "\n".join(lines + [f"  guard: {trip}" for trip in self.trips])
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a denoiser was called with, as far as decisions look at it."""
+
+    latents: Tensor
+    timestep: Tensor | None
+
+
 class Episode:
     """One pipeline call under one policy."""
 
-    def __init__(self, match: Match, where: Where, small: nn.Module | None, guided: bool) -> None:
+    def __init__(
+        self, match: Match, where: Where, model: nn.Module, small: nn.Module | None, guided: bool
+    ) -> None:
         """Check that the policy fits the call; one that does not is left out, with the reason."""
         self.match = match
         self.small = small
@@ -81,36 +101,45 @@ class Episode:
         self.reason = self.reason or match.reason
         if self.policy is not None and self.policy.cache is not None:
             granularities: set[Granularity] = {"step", "block"}
-            if guided and where.branch in (COND, UNCOND):
+            if guided and where.branch in (COND, UNCOND, BATCHED):
                 granularities.add("cfg")
-            trigger = trigger_for(self.policy.cache, where.steps, granularities)
-            self.plan = StepPlan(trigger)
+            cache = self.policy.cache
+            trigger = trigger_for(cache, where.steps, granularities)
+            kind = cache.indicator if isinstance(cache, RuleCache) else None
+            measure = indicator_for(kind, model) if kind is not None else None
+            self.plan = StepPlan(cache, trigger, self.tally, measure)
 
-    def forward(self, where: Where, model: nn.Module, compute: Any) -> Tensor:
-        """Return the output of one forward of `model`; `compute` runs it and gives the sample."""
+    def forward(self, where: Where, stack: BlockStack, inputs: Inputs, compute: Compute) -> Tensor:
+        """Return the output of one forward of a model; `compute` runs it and gives the sample."""
         assert self.policy is not None
         if self.policy.cache is None or self.plan is None:
-            depth = len(BlockStack(model))
+            depth = len(stack)
             self.tally.forwards += 1
             self.tally.computed += 1
             self.tally.blocks_asked += depth
             self.tally.blocks_run += depth
-            sample: Tensor = compute()
-            return sample
-        cache = self._caches.get(id(model))
+            return compute()
+        cache = self._caches.get(id(stack))
         if cache is None:
-            cache = MixCache(self.policy.cache, BlockStack(model), self.tally)
-            self._caches[id(model)] = cache
-        action = self.plan.action(where.step, cache, self.tally)
-        sample = cache.forward(action, where.step, where.branch, compute)
+            cache = MixCache(self.policy.cache, stack, self.tally)
+            self._caches[id(stack)] = cache
+        place = Place(where.step, where.steps, where.branch, inputs.latents)
+        action = self.plan.action(place, where.sigma, inputs.timestep, cache)
+        sample = cache.forward(action, place, compute)
         held = sum(each.byte_count for each in self._caches.values())
         self.tally.cache_bytes = max(self.tally.cache_bytes, held)
         return sample
 
+    def close(self) -> None:
+        """End the call."""
+        if self.plan is not None:
+            self.plan.close()
+
     def hands_over(self, where: Where) -> bool:
         """Whether the small model does this forward."""
         handoff = self.policy.handoff if self.policy is not None else None
-        return handoff is not None and where.sigma < handoff.sigma
+        known = handoff is not None and where.sigma is not None
+        return known and where.sigma < handoff.sigma  # type: ignore[operator,union-attr]
 
 
 def _misfit(policy: Policy, where: Where, small: nn.Module | None) -> str:
@@ -156,12 +185,14 @@ class Applied:
         self._db = db
         self._tier = tier
         self._episode: Episode | None = None
-        self._seen: tuple[int, set[str]] = (-1, set())
+        self._locator = Locator(pipe)
+        self._stacks: dict[int, BlockStack] = {}
+        self._rebuild: dict[int, Callable[[Tensor], Any]] = {}  # how each denoiser returns
         self._matches: dict[fingerprint.Request, Match] = {}
         self._warned: set[str] = set()
         self._models: list[nn.Module] = []
         for model in denoisers(pipe):
-            BlockStack(model)  # refuses models without a stack before anything is attached
+            self._stack(model)  # refuses models without one before anything is attached
         for model in denoisers(pipe):
             attach(model, _Hook(self))
             self._models.append(model)
@@ -181,7 +212,9 @@ class Applied:
 
     def finish(self) -> None:
         """Begin anew with the next forward, whatever its step; counters stay for `summary`."""
-        self._seen = (-1, set())
+        if self._episode is not None:
+            self._episode.close()
+        self._locator.reset()
 
     def summary(self) -> Summary:
         """Return what the last call did.
@@ -211,50 +244,49 @@ class Applied:
         self, hook: ForwardHook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Do one forward of a denoiser: computed, reused, or done by the small model."""
-        latents = args[0] if args else kwargs["hidden_states"]
-        where = self._locate(hook, kwargs)
-        if where is None or os.environ.get(DISABLE_VARIABLE) == "1":
+        if os.environ.get(DISABLE_VARIABLE) == "1":
             return hook.original(*args, **kwargs)
-        if self._begins(where):
-            self._episode = self._begin(where, latents)
+        latents = latents_of(args, kwargs)
+        where = self._locator.locate(hook.context(), kwargs)
+        if where is None:
+            self._warn("this pipeline does not say which guidance branch runs: it stays as it is")
+            return hook.original(*args, **kwargs)
+        if self._locator.begins(where):
+            self._episode = self._begin(where, module, latents)
         episode = self._episode
         if episode is None or episode.policy is None:
             return hook.original(*args, **kwargs)
         small = episode.small if episode.hands_over(where) else None
-        if small is None:
-            sample = episode.forward(
-                where, module, lambda: sample_of(hook.original(*args, **kwargs))
-            )
-        else:
-            asked = episode.tally.computed
-            sample = episode.forward(where, small, lambda: sample_of(small(*args, **kwargs)))
-            episode.tally.small_forwards += episode.tally.computed - asked
-        return output_like(sample, kwargs)
+        run = hook.original if small is None else small
 
-    def _locate(self, hook: ForwardHook, kwargs: dict[str, Any]) -> Where | None:
-        context = hook.context()
-        if context is None:
-            self._warn("this pipeline does not say which guidance branch runs: it stays as it is")
-            return None
-        if context.step is not None and context.steps is not None and context.sigma is not None:
-            return Where(context.branch, context.step, context.steps, context.sigma)
-        timesteps = self._pipe.scheduler.timesteps
-        now = float(kwargs["timestep"].flatten()[0])
-        step = int((timesteps.float() - now).abs().argmin())
-        return Where(context.branch, step, len(timesteps), float(self._pipe.scheduler.sigmas[step]))
+        def compute(*, conditional_half: bool = False) -> Tensor:
+            if not conditional_half:
+                output = Output.of(run(*args, **kwargs))
+                self._rebuild[id(module)] = output.rebuild
+                return output.sample
+            count = len(latents)
+            half = run(*second_half(args, count), **second_half(kwargs, count))
+            return Output.of(half).sample
 
-    def _begins(self, where: Where) -> bool:
-        """Whether this is the first forward of a call: the step fell, or a branch came again."""
-        step, branches = self._seen
-        fresh = where.step < step or step < 0 or (where.step == step and where.branch in branches)
-        same_step = where.step == step and not fresh
-        self._seen = (where.step, (branches if same_step else set()) | {where.branch})
-        return fresh
+        before = episode.tally.computed
+        inputs = Inputs(latents, kwargs.get("timestep"))
+        sample = episode.forward(where, self._stack(small or module), inputs, compute)
+        if small is not None:
+            episode.tally.small_forwards += episode.tally.computed - before
+        return self._rebuild[id(module)](sample)
 
-    def _begin(self, where: Where, latents: Tensor) -> Episode:
+    def _stack(self, model: nn.Module) -> BlockStack:
+        """Return the chain of blocks of a model; what was learnt about it outlives the call."""
+        if id(model) not in self._stacks:
+            self._stacks[id(model)] = BlockStack(model)
+        return self._stacks[id(model)]
+
+    def _begin(self, where: Where, model: nn.Module, latents: Tensor) -> Episode:
+        if self._episode is not None:  # pipelines that never say when a call ends
+            self._episode.close()
         match = self._match(where, latents)
         guided = bool(getattr(self._pipe, "do_classifier_free_guidance", False))
-        episode = Episode(match, where, self._small, guided)
+        episode = Episode(match, where, model, self._small, guided)
         if episode.policy is None:
             self._warn(f"running without a policy: {episode.reason}")
         return episode

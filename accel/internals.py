@@ -6,6 +6,7 @@ inside a generation.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,24 +120,90 @@ def detach(module: nn.Module, name: str = HOOK_NAME) -> None:
     registry.invalidate_child_registries_cache()
 
 
-def sample_of(output: Any) -> Tensor:
-    """Return the tensor of a denoiser's output, be it a tuple or a diffusers output class."""
-    sample = output[0]
-    if not isinstance(sample, torch.Tensor):
-        raise UsageFault(
-            f"the denoiser returned {type(sample).__name__} where ditune expects one tensor: "
-            "models with several outputs are not supported by caches"
-        )
-    return sample
+@dataclass(frozen=True)
+class Output:
+    """What a denoiser returned, as one tensor, and how to give it back in the same form.
+
+    Several tensors (video and audio, say) are laid end to end in one flat tensor.
+    """
+
+    sample: Tensor
+    rebuild: Callable[[Tensor], Any]
+
+    @classmethod
+    def of(cls, returned: Any) -> Output:
+        """Take a denoiser's output apart: a tensor, or tuples, lists and outputs of them.
+
+        Raises:
+            UsageFault: There is no tensor in it.
+        """
+        found = list(tensors_of(returned))
+        if not found:
+            raise UsageFault(
+                f"the denoiser returned {type(returned).__name__} without a tensor: caches cannot "
+                "stand in for it"
+            )
+        if len(found) == 1:
+            return cls(found[0], lambda sample: _rebuilt(returned, iter([sample])))
+        shapes = [tensor.shape for tensor in found]
+        sizes = [tensor.numel() for tensor in found]
+
+        def rebuild(flat: Tensor) -> Any:
+            parts = [p.reshape(s) for p, s in zip(flat.split(sizes), shapes, strict=True)]
+            return _rebuilt(returned, iter(parts))
+
+        return cls(torch.cat([tensor.flatten() for tensor in found]), rebuild)
 
 
-def output_like(sample: Tensor, kwargs: dict[str, Any]) -> Any:
-    """Wrap a tensor as the denoiser would have, by the caller's `return_dict`."""
-    if kwargs.get("return_dict", True):
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and dictionaries, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):  # outputs of diffusers are dictionaries, too
+        for each in value.values():
+            yield from tensors_of(each)
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from tensors_of(each)
 
-        return Transformer2DModelOutput(sample=sample)
-    return (sample,)
+
+def _rebuilt(template: Any, tensors: Iterator[Tensor]) -> Any:
+    """Return a nested value of the template's form with other tensors in it."""
+    if isinstance(template, Tensor):
+        return next(tensors)
+    if isinstance(template, dict):
+        return type(template)(**{name: _rebuilt(each, tensors) for name, each in template.items()})
+    if isinstance(template, tuple | list):
+        return type(template)(_rebuilt(each, tensors) for each in template)
+    return template
+
+
+def latents_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the latents that a denoiser was called with: its first tensor.
+
+    Raises:
+        UsageFault: It was called without any tensor.
+    """
+    named = kwargs.get("hidden_states")
+    found = named if isinstance(named, Tensor) else next(tensors_of((args, kwargs)), None)
+    if found is None:
+        raise UsageFault("the denoiser was called without a tensor: ditune finds no latents")
+    return found
+
+
+def second_half(value: Any, batch: int) -> Any:
+    """Return arguments cut to the second half of a batch, in which guidance has the prompts.
+
+    Tensors whose first dimension is the batch are cut, inside tuples, lists and dictionaries too.
+    """
+    if isinstance(value, Tensor):
+        cut = value.ndim > 0 and len(value) == batch
+        return value[batch // 2 :] if cut else value
+    if isinstance(value, dict):
+        return {name: second_half(each, batch) for name, each in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(second_half(each, batch) for each in value)
+    return value
 
 
 def active_attention_backend() -> str:

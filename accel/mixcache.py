@@ -9,19 +9,37 @@ Source: MixCache (arXiv 2508.12691), completed where the paper is silent.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ditune.accel.anatomy import BlockStack, SpanRunner
-from ditune.accel.payload import History, relative_l1
-from ditune.accel.trigger import Measured, Trigger
+from ditune.accel.payload import History, Values, amplified, relative_l1
+from ditune.accel.spans import BlockStack, Span
 from ditune.db.records import Action, CachePolicy, Granularity, MaskCache
 
-COND, UNCOND = "cond", "uncond"
-Compute = Callable[[], Tensor]  # runs the model's own forward and returns its sample
+COND, UNCOND, BATCHED = "cond", "uncond", "cond_uncond"
+_AMPLIFY = 1.1  # FasterCache's factor
+_LOW_UNTIL, _HIGH_FROM = 0.8, 0.6  # where, in shares of the steps, it acts on which frequencies
+_WHOLE: Span = (0, 0)
+
+
+class Compute(Protocol):
+    """Runs the model's own forward and returns its sample."""
+
+    def __call__(self, *, conditional_half: bool = False) -> Tensor:
+        """Run it, on the second half of the batch only if asked to."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one forward is: its step, the steps of the call, its branch, and its latents."""
+
+    step: int
+    steps: int
+    branch: str
+    latents: Tensor
 
 
 @dataclass
@@ -32,8 +50,8 @@ class Tally:
     forwards: int = 0  # asked for by the pipeline
     computed: int = 0  # reached the model, in full or in part
     small_forwards: int = 0  # of those, done by the small model
-    blocks_run: int = 0
-    blocks_asked: int = 0  # what the plain pipeline would have run
+    blocks_run: float = 0.0  # a block on half a batch counts half
+    blocks_asked: float = 0.0  # what the plain pipeline would have run
     cache_bytes: int = 0
     trips: list[str] = field(default_factory=list)
 
@@ -55,10 +73,17 @@ class MixCache:
         self._cache = cache
         self._stack = stack
         self._tally = tally
+        masked = isinstance(cache, MaskCache)
         actions = set(cache.actions) if isinstance(cache, MaskCache) else {"full", *cache.allowed}
-        hidden = cache.payload.form == "hidden"
-        self._keeps_stack = hidden and "step" in actions
-        self._keeps_span = "block" in actions
+        self._form = cache.payload.form
+        self._measures = not masked  # nobody asks a mask what a full step showed
+        self._keeps_output = not masked or ("step" in actions and self._form != "hidden")
+        self._spans: dict[str, Span] = {}
+        if "step" in actions and self._form == "hidden":
+            self._spans["stack"] = _WHOLE
+        if "block" in actions:
+            self._spans["span"] = (cache.fn_blocks, cache.bn_blocks)
+        self._keeps_delta = "cfg" in actions
         self._branches: dict[str, _Branch] = {}
         self._delta = History(cache.payload.order)
         self._fresh_cond: Tensor | None = None
@@ -66,39 +91,43 @@ class MixCache:
         self._deviation: Tensor | None = None
         self._gap = 0
 
-    def forward(self, action: Action, step: int, branch: str, compute: Compute) -> Tensor:
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to reuse yet."""
+        return not self._branches
+
+    def forward(self, action: Action, place: Place, compute: Compute) -> Tensor:
         """Return the branch's output at a step, computed or reused as the action says."""
-        state = self._branches.setdefault(branch, self._new_branch())
+        state = self._branches.setdefault(place.branch, self._new_branch())
         depth = len(self._stack)
         self._tally.forwards += 1
         self._tally.blocks_asked += depth
         sample: Tensor | None = None
         if action == "step":
-            sample = self._step(state, step, compute)
-        elif action == "cfg" and branch == UNCOND:
-            sample = self._cfg(step)
+            sample = self._step(state, place, compute)
+        elif action == "cfg" and place.branch != COND:
+            sample = self._cfg(place, compute)
         elif action == "block":
-            sample = self._block(state, step, compute)
+            sample = self._block(state, place, compute)
         if sample is None:
-            sample = self._full(action, state, step, branch, compute)
+            sample = self._full(action, state, place, compute)
             self._tally.computed += 1
             self._tally.blocks_run += depth
         return sample
 
-    def measured(self) -> Measured | None:
-        """Return what the last full step showed; synchronises the device once.
+    def signals(self) -> dict[str, Tensor]:
+        """Return what the last full step showed, as scalars on the device, and forget it.
 
-        None until something could have been reused. Call it once per full step, after the last
-        branch.
+        "deviation" is the error that reuse would have made; the granularities' names stand for the
+        change of each per skipped step. Empty until something could have been reused.
         """
         if self._deviation is None:
-            return None
-        names = list(self._distances)
-        tensors = [self._deviation, *(self._distances[name] for name in names)]
-        values = torch.stack([t.float() for t in tensors]).tolist()
+            return {}
         gap = max(self._gap, 1)
+        found = {"deviation": self._deviation}
+        found |= {name: distance / gap for name, distance in self._distances.items()}
         self._deviation, self._distances = None, {}
-        return Measured(values[0], {n: v / gap for n, v in zip(names, values[1:], strict=True)})
+        return found
 
     def _new_branch(self) -> _Branch:
         order = self._cache.payload.order
@@ -106,81 +135,109 @@ class MixCache:
 
     # --- reuse ---------------------------------------------------------------------------------
 
-    def _step(self, state: _Branch, step: int, compute: Compute) -> Tensor | None:
-        if not self._keeps_stack:
-            return state.output.predict(step)
-        residual = state.stack.predict(step)
-        return None if residual is None else self._run_around(residual, 0, 0, compute)
-
-    def _cfg(self, step: int) -> Tensor | None:
-        delta = self._delta.predict(step)
-        if delta is None or self._fresh_cond is None:
+    def _step(self, state: _Branch, place: Place, compute: Compute) -> Tensor | None:
+        if self._form == "hidden":
+            return self._run_around(state.stack.predict(place.step), _WHOLE, compute)
+        found = state.output.predict(place.step)
+        if found is None:
             return None
-        return self._fresh_cond + delta
+        if self._form == "latent":
+            return found[0] + _input_like(found[0], place)
+        return found[0]
 
-    def _block(self, state: _Branch, step: int, compute: Compute) -> Tensor | None:
-        residual = state.span.predict(step)
+    def _cfg(self, place: Place, compute: Compute) -> Tensor | None:
+        found = self._delta.predict(place.step)
+        if found is None:
+            return None
+        delta = found[0]
+        if self._cache.payload.cfg_form == "fft_delta":
+            progress = place.step / place.steps
+            low = _AMPLIFY if progress <= _LOW_UNTIL else 1.0
+            delta = amplified(delta, low, _AMPLIFY if progress >= _HIGH_FROM else 1.0)
+        if place.branch == BATCHED:
+            cond = compute(conditional_half=True)
+            self._tally.computed += 1
+            self._tally.blocks_run += len(self._stack) / 2
+            return torch.cat([cond + delta, cond])
+        return None if self._fresh_cond is None else self._fresh_cond + delta
+
+    def _block(self, state: _Branch, place: Place, compute: Compute) -> Tensor | None:
+        return self._run_around(state.span.predict(place.step), self._spans["span"], compute)
+
+    def _run_around(self, residual: Values | None, span: Span, compute: Compute) -> Tensor | None:
+        if self._stack.problem:
+            self._note_trip(f"blocks are never left out: {self._stack.problem}")
         if residual is None:
             return None
-        fn, bn = self._cache.fn_blocks, self._cache.bn_blocks
-        self._tally.blocks_run += min(fn + bn, len(self._stack))
-        return self._run_around(residual, fn, bn, compute)
-
-    def _run_around(self, residual: Tensor, fn: int, bn: int, compute: Compute) -> Tensor:
         self._tally.computed += 1
-        with self._stack.replaced(SpanRunner(self._stack.blocks, fn, bn, residual)):
+        self._tally.blocks_run += min(sum(span), len(self._stack))
+        with self._stack.replacing(span, residual):
             return compute()
+
+    def _note_trip(self, reason: str) -> None:
+        if reason not in self._tally.trips:
+            self._tally.trips.append(reason)
 
     # --- computing -----------------------------------------------------------------------------
 
-    def _full(
-        self, action: Action, state: _Branch, step: int, branch: str, compute: Compute
-    ) -> Tensor:
+    def _full(self, action: Action, state: _Branch, place: Place, compute: Compute) -> Tensor:
         """Compute; remember the result only if the whole step is full (rule 2)."""
         if action != "full":
             sample = compute()
-        elif self._keeps_stack or self._keeps_span:
-            cache = self._cache
-            runner = SpanRunner(self._stack.blocks, cache.fn_blocks, cache.bn_blocks)
-            with self._stack.replaced(runner):
+        elif self._spans:
+            with self._stack.recording(list(self._spans.values())) as recording:
                 sample = compute()
-            self._remember(state, step, sample, runner)
+            for name, residual in zip(self._spans, recording.residuals, strict=True):
+                self._remember_residual(name, state, place, residual)
+            self._remember(state, place, sample)
         else:
             sample = compute()
-            self._remember(state, step, sample, None)
-        if branch == COND:
+            self._remember(state, place, sample)
+        if place.branch == COND:
             self._fresh_cond = sample
-        elif branch == UNCOND and action == "full" and self._fresh_cond is not None:
-            self._remember_delta(step, sample - self._fresh_cond)
+        elif self._keeps_delta and action == "full":
+            self._remember_delta(place, sample)
         return sample
 
-    def _remember(
-        self, state: _Branch, step: int, sample: Tensor, runner: SpanRunner | None
-    ) -> None:
-        expected = state.output.predict(step)
+    def _remember(self, state: _Branch, place: Place, sample: Tensor) -> None:
+        if not self._keeps_output:
+            return
+        if self._form == "latent" and not _fits(sample, place):
+            self._note_trip("outputs are not shaped like latents: they are reused as they are")
+            self._form = "output"
+        kept = sample - _input_like(sample, place) if self._form == "latent" else sample
+        expected = state.output.predict(place.step) if self._measures else None
         if expected is not None:
-            self._gap = step - state.output.steps[-1]
-            self._note("step", relative_l1(sample, state.output.values[-1]))
-            deviation = relative_l1(expected, sample)
+            self._gap = place.step - state.output.steps[-1]
+            self._note("step", relative_l1(kept, state.output.values[-1][0]))
+            deviation = relative_l1(expected[0], kept)
             known = self._deviation
             self._deviation = deviation if known is None else torch.maximum(known, deviation)
-        state.output.add(step, sample)
-        if runner is None:
-            return
-        if self._keeps_stack and runner.stack is not None:
-            state.stack.add(step, runner.stack)
-        if self._keeps_span and runner.span is not None:
-            if state.span.values:
-                self._note("block", relative_l1(runner.span, state.span.values[-1]))
-            state.span.add(step, runner.span)
+        state.output.add(place.step, kept)
 
-    def _remember_delta(self, step: int, delta: Tensor) -> None:
-        if self._delta.values:
-            assert self._fresh_cond is not None
-            scale = self._fresh_cond.float().abs().mean()
-            change = (delta - self._delta.values[-1]).float().abs().mean()
+    def _remember_residual(
+        self, name: str, state: _Branch, place: Place, residual: Values | None
+    ) -> None:
+        if residual is None:
+            return
+        history = state.stack if name == "stack" else state.span
+        if self._measures and name == "span" and history.values:
+            self._note("block", relative_l1(residual[0], history.values[-1][0]))
+        history.add(place.step, *residual)
+
+    def _remember_delta(self, place: Place, sample: Tensor) -> None:
+        if place.branch == BATCHED:
+            uncond, cond = sample.chunk(2)
+        elif place.branch == UNCOND and self._fresh_cond is not None:
+            uncond, cond = sample, self._fresh_cond
+        else:
+            return
+        delta = uncond - cond
+        if self._measures and self._delta.values:
+            scale = cond.float().abs().mean()
+            change = (delta - self._delta.values[-1][0]).float().abs().mean()
             self._note("cfg", change / scale.clamp_min(torch.finfo(torch.float32).tiny))
-        self._delta.add(step, delta)
+        self._delta.add(place.step, delta)
 
     def _note(self, granularity: Granularity, distance: Tensor) -> None:
         known = self._distances.get(granularity)
@@ -195,23 +252,15 @@ class MixCache:
         return sum(history.byte_count for history in histories)
 
 
-class StepPlan:
-    """One decision per step, shared by both branches and both experts of a call."""
+def _fits(sample: Tensor, place: Place) -> bool:
+    """Whether the input has a part that is shaped like the output."""
+    shape, within = sample.shape, place.latents.shape
+    return len(shape) == len(within) and all(a <= b for a, b in zip(shape, within, strict=True))
 
-    def __init__(self, trigger: Trigger) -> None:
-        """Start before the first step."""
-        self._trigger = trigger
-        self._step = -1
-        self._action: Action = "full"
-        self._used: MixCache | None = None
 
-    def action(self, step: int, cache: MixCache, tally: Tally) -> Action:
-        """Return the step's action, deciding it when the step is new."""
-        if step != self._step:
-            if self._used is not None and self._action == "full":
-                self._trigger.observe(self._step, self._used.measured())
-            self._step = step
-            self._action = self._trigger.decide(step)
-            tally.actions[self._action] += 1
-        self._used = cache
-        return self._action
+def _input_like(sample: Tensor, place: Place) -> Tensor:
+    """Return the part of the model's input that its output is about.
+
+    Channels that hold a condition (image to video), and tokens of a reference image, come after.
+    """
+    return place.latents[tuple(slice(size) for size in sample.shape)]

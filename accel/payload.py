@@ -1,11 +1,14 @@
-"""What stands in for a forward that is left out: the last values, or a line through them."""
+"""What stands in for a forward that is left out: the last values, or a forecast from them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+Values = tuple[Tensor, ...]
 
 
 def relative_l1(now: Tensor, then: Tensor) -> Tensor:
@@ -14,34 +17,84 @@ def relative_l1(now: Tensor, then: Tensor) -> Tensor:
     return (now.float() - then.float()).abs().mean() / scale
 
 
+def taylor_weights(steps: Sequence[int], step: int) -> list[float]:
+    """Return the weight of each known step in the polynomial through them, taken at another step.
+
+    One step gives plain reuse, two a line, three a parabola: Taylor's expansion with finite
+    differences of uneven distance.
+
+    Args:
+        steps: Distinct steps with known values.
+        step: Where the polynomial is evaluated.
+    """
+    weights = []
+    for index, known in enumerate(steps):
+        others = [other for place, other in enumerate(steps) if place != index]
+        weight = 1.0
+        for other in others:
+            weight *= (step - other) / (known - other)
+        weights.append(weight)
+    return weights
+
+
+def combined(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    """Return the weighted sum of tensors; a single weight of one gives the tensor itself."""
+    if len(values) == 1 and weights[0] == 1.0:
+        return values[0]
+    total = values[0] * weights[0]
+    for weight, value in zip(weights[1:], values[1:], strict=True):
+        total = torch.add(total, value, alpha=weight)
+    return total
+
+
 @dataclass
 class History:
     """The last computed values of one quantity, with the steps they belong to.
 
-    Values are kept as they were computed, never written to; `order` 0 keeps one, 1 keeps two.
+    Values are kept as they were computed, never written to; an order keeps one more than itself.
     """
 
     order: int
     steps: list[int] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
+    values: list[Values] = field(default_factory=list)
 
-    def add(self, step: int, value: Tensor) -> None:
-        """Remember a value computed at a step."""
+    def add(self, step: int, *value: Tensor) -> None:
+        """Remember what was computed at a step."""
         self.steps.append(step)
         self.values.append(value)
         if len(self.values) > self.order + 1:
             del self.steps[0], self.values[0]
 
-    def predict(self, step: int) -> Tensor | None:
-        """Return the value expected at a later step, None when nothing was computed yet."""
+    def predict(self, step: int) -> Values | None:
+        """Return what is expected at a later step, None when nothing was computed yet."""
         if not self.values:
             return None
-        if len(self.values) == 1:
-            return self.values[0]
-        (first, last), (older, newer) = self.steps, self.values
-        return torch.lerp(older, newer, (step - first) / (last - first))
+        weights = taylor_weights(self.steps, step)
+        return tuple(combined(weights, kept) for kept in zip(*self.values, strict=True))
 
     @property
     def byte_count(self) -> int:
         """Memory held by the values."""
-        return sum(value.numel() * value.element_size() for value in self.values)
+        return sum(t.numel() * t.element_size() for value in self.values for t in value)
+
+
+def amplified(delta: Tensor, low: float, high: float) -> Tensor:
+    """Return a difference of branches with its low and its high frequencies scaled.
+
+    The low frequencies are a disc around zero with a fifth of the shorter side as its radius, over
+    the last two dimensions.
+    Source: FasterCache (its CogVideoX script), which scales both by 1.1 in turn.
+
+    Args:
+        delta: [..., height, width].
+        low: Factor on the low frequencies, 1 leaves them.
+        high: Factor on all others.
+    """
+    height, width = delta.shape[-2:]
+    rows = torch.fft.fftfreq(height, 1.0 / height, device=delta.device)[:, None]
+    columns = torch.fft.fftfreq(width, 1.0 / width, device=delta.device)[None, :]
+    disc = rows.square() + columns.square() <= (min(height, width) // 5) ** 2
+    spectrum = torch.fft.fft2(delta.float())
+    scaled = torch.fft.ifft2(spectrum * torch.where(disc, low, high)).real
+    kept: Tensor = scaled.to(delta.dtype)
+    return kept

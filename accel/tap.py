@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ditune.accel.anatomy import BlockStack, SpanRunner, denoisers
-from ditune.accel.internals import ForwardHook, attach, detach, sample_of
+from ditune.accel.anatomy import denoisers
+from ditune.accel.internals import ForwardHook, Output, attach, detach, latents_of
+from ditune.accel.spans import BlockStack
 
 TAP_NAME = "ditune_tap"
 
@@ -42,9 +43,9 @@ class _Tap(ForwardHook):
         self._watch = watch
 
     def around(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        runner = SpanRunner(self._stack.blocks, fn=1, bn=0)
-        with self._stack.replaced(runner):
+        with self._stack.recording([(1, 0)]) as recording:
             output = self.original(*args, **kwargs)
+        residual = recording.residuals[0]
         context = self.context()
         self._watch(
             Observation(
@@ -52,10 +53,10 @@ class _Tap(ForwardHook):
                 steps=context.steps if context else None,
                 sigma=context.sigma if context else None,
                 branch=context.branch if context else "",
-                latents=args[0] if args else kwargs["hidden_states"],
-                output=sample_of(output),
-                span=runner.span,
-                sibling=sample_of(self._small(*args, **kwargs)) if self._small else None,
+                latents=latents_of(args, kwargs),
+                output=Output.of(output).sample,
+                span=residual[0] if residual else None,
+                sibling=Output.of(self._small(*args, **kwargs)).sample if self._small else None,
             )
         )
         return output

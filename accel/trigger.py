@@ -33,11 +33,17 @@ class Measured:
 class Trigger(Protocol):
     """Decides each step's action; a trigger lives for one pipeline call."""
 
-    def decide(self, step: int) -> Action:
-        """Return what to do at a step; called once per step, in order."""
+    def decide(self, step: int, change: float | None = None) -> Action:
+        """Return what to do at a step; called once per step, in order.
+
+        `change` is how much the indicator moved since the step before, None if nothing measured it.
+        """
 
     def observe(self, step: int, measured: Measured | None) -> None:
         """Take note of a step that was computed in full."""
+
+    def restart(self) -> None:
+        """Forget what was measured: another model has come in."""
 
 
 class MaskTrigger:
@@ -47,20 +53,24 @@ class MaskTrigger:
         """Fix the list for one call."""
         self._actions = [a if a == "full" or a in supported else "full" for a in mask.actions]
 
-    def decide(self, step: int) -> Action:
+    def decide(self, step: int, change: float | None = None) -> Action:
         """Return the listed action."""
         return self._actions[step]
 
     def observe(self, step: int, measured: Measured | None) -> None:
         """Ignore what was measured: the list is explicit."""
 
+    def restart(self) -> None:
+        """Nothing to forget: the list goes on."""
+
 
 class RuleTrigger:
     """MixCache's context-aware trigger and adaptive hybrid decision.
 
     A period is one full step and `interval - 1` cached ones. At full steps the deviation moves the
-    interval: above delta2 it shrinks, below delta1 it grows. At cached steps the granularity with
-    the smallest distance x impact x repeat penalty is taken.
+    interval: above delta2 it shrinks, below delta1 it grows. With an indicator a period lasts until
+    the indicator has moved by the threshold, and `interval_max` steps at most. At cached steps the
+    granularity with the smallest distance x impact x repeat penalty is taken.
     """
 
     def __init__(self, rule: RuleCache, steps: int, supported: Collection[Granularity]) -> None:
@@ -79,10 +89,12 @@ class RuleTrigger:
             "block": rule.impact_block,
         }
         self._full_steps = 0
+        self._moved = 0.0  # how far the indicator went since the last full step
 
-    def decide(self, step: int) -> Action:
+    def decide(self, step: int, change: float | None = None) -> Action:
         """Return the action for a step."""
-        if self._must_compute(step):
+        if self._must_compute(step, change):
+            self._moved = 0.0
             return "full"
         chosen = min(self.allowed, key=self._penalty)
         self.previous = chosen
@@ -101,10 +113,27 @@ class RuleTrigger:
         elif measured.deviation < self.rule.delta1_ratio * delta2:
             self.interval = min(self.rule.interval_max, self.interval + 1)
 
-    def _must_compute(self, step: int) -> bool:
+    def restart(self) -> None:
+        """Measure two full steps of the new model before anything is reused; the interval stays."""
+        self._full_steps = 0
+        self.distances.clear()
+
+    def _must_compute(self, step: int, change: float | None) -> bool:
         protected = step < self.warmup_steps or step >= self.steps - self.rule.cooldown_steps
-        due = step - self.last_full >= self.interval
+        due = self._moved_enough(change) or step - self.last_full >= self._longest
         return protected or due or self._full_steps < 2 or not self.allowed
+
+    @property
+    def _longest(self) -> int:
+        return self.interval if self.rule.indicator is None else self.rule.interval_max
+
+    def _moved_enough(self, change: float | None) -> bool:
+        if self.rule.indicator is None:
+            return False
+        if change is None:  # nobody knows: compute
+            return True
+        self._moved = self._moved + change if self.rule.accumulated else change
+        return self._moved >= self.rule.threshold
 
     def _penalty(self, granularity: Granularity) -> float:
         repeated = self.rule.repeat_penalty if granularity == self.previous else 1.0

@@ -18,6 +18,7 @@ SCHEMA_VERSION = 1
 Status = Literal["measured", "predicted", "compiled", "simulated"]
 Granularity = Literal["step", "cfg", "block"]
 Action = Literal["full", "step", "cfg", "block"]
+Indicator = Literal["latent", "spectral", "timestep"]
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -156,13 +157,16 @@ class Profile(Record):
 class Payload(Record):
     """What stands in for a forward that is left out.
 
-    `hidden` adds the residual of the whole block stack to this step's embedding; `output` predicts
-    the model's output. `order` 0 reuses the last computed value, 1 extrapolates in a line through
-    the last two.
+    `hidden` adds the residual of the whole block stack to this step's embedding, `latent` what the
+    model adds to its input (EasyCache's form), `output` predicts the model's output. `order` 0
+    reuses the last computed value, 1 extrapolates in a line through the last two, 2 in a parabola
+    through three. `fft_delta` amplifies the cached difference of the branches by a tenth, the low
+    frequencies in the first four fifths of the steps, the high ones in the last two (FasterCache).
     """
 
-    form: Literal["hidden", "output"] = "output"
-    order: Annotated[int, Field(ge=0, le=1)] = 1
+    form: Literal["hidden", "latent", "output"] = "output"
+    order: Annotated[int, Field(ge=0, le=2)] = 1
+    cfg_form: Literal["delta", "fft_delta"] = "delta"
 
 
 class MaskCache(Record):
@@ -199,6 +203,10 @@ class RuleCache(Record):
     payload: Payload = Payload()
     fn_blocks: Count = 1
     bn_blocks: Count = 0
+    indicator: Indicator | None = None  # None: MixCache's own intervals
+    threshold: Annotated[float, Field(gt=0, le=100)] = 0.25  # change at which a step is computed
+    accumulated: bool = True  # since the last full step; False: of one step
+    reuse_max: Fraction = 0.9  # of the steps; more is a runaway and ends caching for the call
 
 
 CachePolicy = Annotated[MaskCache | RuleCache, Field(discriminator="kind")]

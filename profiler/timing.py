@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ditune.accel.anatomy import BlockStack, denoisers
+from ditune.accel.anatomy import denoisers
+from ditune.accel.spans import BlockStack
 from ditune.db.records import LayerTiming
 from ditune.profiler.statistics import quantiles
 
@@ -101,8 +102,7 @@ def layers_of(pipe: Any) -> dict[str, nn.Module]:
     if isinstance(encoder := getattr(pipe, "text_encoder", None), nn.Module):
         modules["text_encoder"] = encoder
     for model, name in zip(denoisers(pipe), ("transformer", "transformer_2"), strict=False):
-        stack = BlockStack(model)
-        modules |= {f"{name}.{stack.name}.{i}": block for i, block in enumerate(stack.blocks)}
+        modules |= {f"{name}.{k}": block for k, block in BlockStack(model).named_blocks().items()}
         modules[name] = model
     decoder = getattr(getattr(pipe, "vae", None), "decoder", None)
     if isinstance(decoder, nn.Module):

@@ -33,7 +33,7 @@ def test_ids_leave_out_what_is_absent() -> None:
         lambda: RuleCache(delta2=float("nan")),
         lambda: RuleCache(delta1_ratio=1.0),
         lambda: RuleCache(allowed=()),
-        lambda: Payload(order=2),
+        lambda: Payload(order=3),
         lambda: Handoff(sigma=-1.0),
         lambda: Handoff(sigma=float("inf")),
         lambda: Interval(median="1", ci95=(1.0, 1.0), n=1),  # type: ignore[arg-type]

@@ -1,0 +1,122 @@
+"""One decision per step, and the guard that ends caching when it cannot be trusted."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+from torch import Tensor
+
+from ditune.accel.indicator import Measure
+from ditune.accel.mixcache import MixCache, Place, Tally
+from ditune.accel.payload import relative_l1
+from ditune.accel.trigger import Measured, Trigger
+from ditune.db.records import Action, CachePolicy, Granularity, MaskCache, RuleCache
+
+_CHANGE = "change"
+_log = logging.getLogger("ditune")
+
+
+class StepPlan:
+    """One decision per step, shared by both branches and both experts of a call.
+
+    Everything that a decision needs is read from the device at once: a rule synchronises at most
+    once per step, a mask never.
+    """
+
+    def __init__(
+        self, cache: CachePolicy, trigger: Trigger, tally: Tally, measure: Measure | None
+    ) -> None:
+        """Start before the first step; `measure` is None where the policy has no indicator."""
+        self._cache = cache
+        self._trigger = trigger
+        self._tally = tally
+        self._measure = measure
+        self._step = -1
+        self._action: Action = "full"
+        self._used: MixCache | None = None
+        self._shape: torch.Size | None = None
+        self._before: Tensor | None = None  # the indicator one step ago
+        self._off = False
+
+    def action(
+        self, place: Place, sigma: float | None, timestep: Tensor | None, cache: MixCache
+    ) -> Action:
+        """Return the step's action, deciding it when the step is new.
+
+        A model that comes in after others has nothing to reuse: its first step is full.
+        """
+        if place.step != self._step:
+            self._decide(place, sigma, timestep, cache)
+        self._used = cache
+        return self._action
+
+    def _decide(
+        self, place: Place, sigma: float | None, timestep: Tensor | None, cache: MixCache
+    ) -> None:
+        if self._shape not in (None, place.latents.shape):
+            self._trip(f"the latents changed their shape at step {place.step}")
+        self._shape = place.latents.shape
+        change, measured = self._read(place, sigma, timestep)
+        if self._used is not None and self._action == "full":
+            self._trigger.observe(self._step, measured)
+        if self._used is not None and cache is not self._used:
+            self._trigger.restart()
+        self._step = place.step
+        self._action = "full" if self._off else self._trigger.decide(place.step, change)
+        if cache.empty:
+            self._action = "full"
+        if self._action != "full" and self._reused() >= self._most(place.steps):
+            self._trip(f"{self._reused()} of {place.steps} steps were reused, more than allowed")
+            self._action = "full"
+        self._tally.actions[self._action] += 1
+
+    def _read(
+        self, place: Place, sigma: float | None, timestep: Tensor | None
+    ) -> tuple[float | None, Measured | None]:
+        """Return the indicator's change and what the last full step showed: one synchronisation."""
+        signals: dict[str, Tensor] = {}
+        if self._used is not None and self._action == "full" and not self._off:
+            signals |= self._used.signals()
+        if self._measure is not None and not self._off:
+            now = self._measure(place.latents, sigma, timestep)
+            if now is not None and self._before is not None and now.shape == self._before.shape:
+                signals[_CHANGE] = relative_l1(now, self._before)
+            self._before = now
+        if not signals:
+            return None, None
+        values = torch.stack([value.float() for value in signals.values()]).tolist()
+        found = dict(zip(signals, values, strict=True))
+        if not all(map(math.isfinite, values)):
+            self._trip(f"what decides step {place.step} is not finite")
+            return None, None
+        change = found.pop(_CHANGE, None)
+        deviation = found.pop("deviation", None)
+        if deviation is None:
+            return change, None
+        distances: dict[Granularity, float] = found  # type: ignore[assignment]
+        return change, Measured(deviation, distances)
+
+    # --- guard ---------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Look back at the end of a call: a policy that never reuses only costs."""
+        steps = sum(self._tally.actions.values())
+        asks = not isinstance(self._cache, MaskCache) or set(self._cache.actions) != {"full"}
+        if asks and steps > 1 and not self._reused() and not self._tally.trips:
+            self._trip(f"the policy is inert: none of {steps} steps was reused")
+
+    def _reused(self) -> int:
+        return sum(count for action, count in self._tally.actions.items() if action != "full")
+
+    def _most(self, steps: int) -> float:
+        return self._cache.reuse_max * steps if isinstance(self._cache, RuleCache) else steps
+
+    def _trip(self, reason: str) -> None:
+        """Note a reason once and compute everything for the rest of the call."""
+        self._off = True
+        sentence = f"{reason}; caching is off for the rest of this call"
+        if sentence not in self._tally.trips:
+            self._tally.trips.append(sentence)
+            _log.warning("ditune: %s", sentence)

@@ -1,0 +1,359 @@
+"""Run a denoiser with part of its blocks recorded or left out, without touching a block.
+
+Stand-ins take the places of blocks in the model's own lists for the duration of one forward. The
+model's loop stays in charge: what it does between blocks still happens. Compiled blocks keep their
+graphs, because no block gains a hook or a branch.
+
+Which tensors flow from block to block is seen, not known: an output of one block that is the very
+tensor that the next one takes is a stream. So a new model needs no entry in a registry.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ditune.accel.anatomy import block_lists
+from ditune.db.errors import UsageFault
+
+Slot = int | str  # position or name of an argument
+Span = tuple[int, int]  # blocks that always run at the front and at the back of the chain
+Residual = tuple[Tensor, ...]  # what a span adds to its streams, or makes of reshaped ones
+_Run = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Streams:
+    """For each output of a block, the argument of the next block that it becomes."""
+
+    slots: tuple[Slot | None, ...]  # None: the block returned None there
+    single: bool  # one tensor is returned bare instead of in a tuple
+
+    def passed(self, arguments: Mapping[Slot, Any]) -> Any:
+        """Return what a block returns that does nothing."""
+        values = tuple(None if slot is None else arguments[slot] for slot in self.slots)
+        return values[0] if self.single else values
+
+    def entering(self, arguments: Mapping[Slot, Any]) -> list[Tensor]:
+        """Return the streams among a block's arguments."""
+        return [arguments[slot] for slot in self.slots if slot is not None]
+
+    def leaving(self, output: Any) -> list[Tensor]:
+        """Return the streams among what a block returned."""
+        outputs = _as_tuple(output)
+        return [outputs[i] for i, slot in enumerate(self.slots) if slot is not None]
+
+    def returned(self, streams: Sequence[Tensor]) -> Any:
+        """Return streams as a block would."""
+        left = iter(streams)
+        values = tuple(None if slot is None else next(left) for slot in self.slots)
+        return values[0] if self.single else values
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The part of a span that lies in one list: blocks first to last, both included."""
+
+    name: str
+    first: int
+    last: int
+
+
+@dataclass
+class _Seen:
+    """One block's call while streams are learnt."""
+
+    name: str
+    index: int
+    arguments: dict[Slot, Any]
+    output: Any
+
+
+@dataclass
+class Recording:
+    """What one forward left behind; `residual` is asked after it."""
+
+    spans: list[list[Segment]]
+    entered: dict[tuple[str, int], dict[Slot, Any]] = field(default_factory=dict)
+    left: dict[tuple[str, int], Any] = field(default_factory=dict)
+    versions: list[tuple[Tensor, int]] = field(default_factory=list)  # of all of these, when kept
+    residuals: list[Residual | None] = field(default_factory=list)
+
+
+class BlockStack:
+    """The chain of blocks of one denoiser."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Find the chain.
+
+        Raises:
+            UsageFault: The model has no list of repeated blocks.
+        """
+        self.model = model
+        self.names = tuple(block_lists(model))
+        self.problem = ""  # why spans cannot be left out, once that is known
+        self._streams: dict[str, Streams] = {}
+        self._copies = False  # blocks change their inputs in place
+
+    @property
+    def lists(self) -> dict[str, nn.ModuleList]:
+        """The lists as they stand in the model now."""
+        found = {}
+        for name in self.names:
+            blocks = self.model.get_submodule(name)
+            assert isinstance(blocks, nn.ModuleList)
+            found[name] = blocks
+        return found
+
+    def named_blocks(self) -> dict[str, nn.Module]:
+        """Return every block of the chain under its name in the model."""
+        return {
+            f"{name}.{index}": block
+            for name, blocks in self.lists.items()
+            for index, block in enumerate(blocks)
+        }
+
+    def __len__(self) -> int:
+        """Return how many blocks the chain has."""
+        return sum(len(blocks) for blocks in self.lists.values())
+
+    def segments(self, span: Span) -> list[Segment]:
+        """Return the parts of a span, one for each list that it touches."""
+        front, back = span
+        begin, end = front, len(self) - back
+        found, offset = [], 0
+        for name, blocks in self.lists.items():
+            first, last = max(begin - offset, 0), min(end - offset, len(blocks)) - 1
+            if first <= last:
+                found.append(Segment(name, first, last))
+            offset += len(blocks)
+        return found
+
+    # --- recording -----------------------------------------------------------------------------
+
+    @contextmanager
+    def recording(self, spans: Sequence[Span]) -> Iterator[Recording]:
+        """Run everything, and keep what each span adds to the streams.
+
+        After the block `residuals` has one entry for each span: None where it is empty or cannot be
+        left out (`problem` then says why).
+        """
+        recording = Recording([self.segments(span) for span in spans])
+        seen: list[_Seen] = []
+        learning = not self._streams and not self.problem
+        with self._replaced(self._recorders(recording, seen if learning else None)):
+            yield recording
+        if learning:
+            self._learn(seen)
+        changed = any(tensor._version != before for tensor, before in recording.versions)
+        if self.problem or (changed and not self._copies):
+            recording.residuals = [None] * len(spans)
+        else:
+            recording.residuals = [self._residual(recording, span) for span in recording.spans]
+        self._copies = self._copies or changed  # from the next forward on
+
+    def _recorders(
+        self, recording: Recording, seen: list[_Seen] | None
+    ) -> dict[tuple[str, int], _Run]:
+        """Return a runner for every block that has something to tell."""
+        enter = {(s.name, s.first) for span in recording.spans for s in span}
+        leave = {(s.name, s.last) for span in recording.spans for s in span}
+        keys = enter | leave
+        if seen is not None:
+            keys = {(n, i) for n, blocks in self.lists.items() for i in range(len(blocks))}
+
+        def runner(key: tuple[str, int]) -> _Run:
+            def run(block: nn.Module, arguments: dict[Slot, Any], call: _Run) -> Any:
+                if key in enter:
+                    recording.entered[key] = self._kept(arguments, recording)
+                output = call()
+                if key in leave:
+                    kept = self._kept(dict(enumerate(_as_tuple(output))), recording)
+                    recording.left[key] = tuple(kept.values())
+                if seen is not None:
+                    seen.append(_Seen(*key, arguments, output))
+                return output
+
+            return run
+
+        return {key: runner(key) for key in keys}
+
+    def _kept(self, values: Mapping[Slot, Any], recording: Recording) -> dict[Slot, Any]:
+        """Return the values themselves, or copies where the model was seen to change them."""
+        tensors = [v for v in values.values() if isinstance(v, Tensor) and not v.is_inference()]
+        recording.versions += [(tensor, tensor._version) for tensor in tensors]
+        if not self._copies:
+            return dict(values)
+        return {k: v.clone() if isinstance(v, Tensor) else v for k, v in values.items()}
+
+    def _residual(self, recording: Recording, segments: list[Segment]) -> Residual | None:
+        found: list[Tensor] = []
+        for segment in segments:
+            key = (segment.name, segment.first)
+            if key not in recording.entered or (segment.name, segment.last) not in recording.left:
+                return None  # the model did not run these blocks this time
+            streams = self._streams[segment.name]
+            before = streams.entering(recording.entered[key])
+            after = streams.leaving(recording.left[segment.name, segment.last])
+            found += [
+                b - a if a.shape == b.shape else b for a, b in zip(before, after, strict=True)
+            ]
+        return tuple(found) or None
+
+    # --- learning ------------------------------------------------------------------------------
+
+    def _learn(self, seen: list[_Seen]) -> None:
+        order = [call.name for call in seen]
+        if not seen:
+            self.problem = f"{type(self.model).__name__} did not run its blocks {self.names}"
+            return
+        if len(_grouped(order)) > len(set(order)):
+            lists = " and ".join(dict.fromkeys(order))
+            self.problem = f"its blocks alternate between {lists}"
+            return
+        for name in dict.fromkeys(order):
+            calls = [call for call in seen if call.name == name]
+            streams = _streams_of(calls)
+            if streams is None:
+                kind = type(self.lists[name][0]).__name__
+                self.problem = f"{kind} returns something that no next block takes"
+                self._streams = {}
+                return
+            self._streams[name] = streams
+
+    # --- leaving out ---------------------------------------------------------------------------
+
+    @contextmanager
+    def replacing(self, span: Span, residual: Residual) -> Iterator[None]:
+        """Leave a span's blocks out and add what they added before.
+
+        Raises:
+            UsageFault: Nothing was recorded yet, or blocks cannot be left out of this model.
+        """
+        if self.problem or not self._streams:
+            raise UsageFault(
+                f"blocks of {type(self.model).__name__} cannot be left out: "
+                f"{self.problem or 'no forward was recorded yet'}"
+            )
+        left = list(residual)
+        runners: dict[tuple[str, int], _Run] = {}
+        for segment in self.segments(span):
+            streams = self._streams[segment.name]
+            count = sum(slot is not None for slot in streams.slots)
+            added, left = left[:count], left[count:]
+            runners.update(_skipping(segment, streams, added, self._copies))
+        with self._replaced(runners):
+            yield
+
+    @contextmanager
+    def _replaced(self, runners: Mapping[tuple[str, int], _Run]) -> Iterator[None]:
+        """Let stand-ins take the places of some blocks."""
+        originals = {name: self.model._modules[name] for name in self.names}
+        try:
+            for name, blocks in self.lists.items():
+                mine = {index for listed, index in runners if listed == name}
+                if mine:
+                    places = [
+                        _StandIn(block, runners[name, index]) if index in mine else block
+                        for index, block in enumerate(blocks)
+                    ]
+                    self.model._modules[name] = nn.ModuleList(places)
+            yield
+        finally:
+            self.model._modules.update(originals)
+
+
+class _StandIn(nn.Module):
+    """Takes a block's place in its list and lets a runner decide; all else is the block's."""
+
+    def __init__(self, block: nn.Module, run: _Run) -> None:
+        super().__init__()
+        object.__setattr__(self, "block", block)  # the model keeps owning it
+        object.__setattr__(self, "run", run)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        block, run = self.__dict__["block"], self.__dict__["run"]
+        arguments: dict[Slot, Any] = dict(enumerate(args))
+        arguments.update(kwargs)
+        return run(block, arguments, lambda: block(*args, **kwargs))
+
+
+def _skipping(
+    segment: Segment, streams: Streams, added: Sequence[Tensor], copies: bool
+) -> dict[tuple[str, int], _Run]:
+    """Return runners that keep the streams as they enter and add the residual at the end.
+
+    What the model does to the streams between the blocks is in the residual, and must not count a
+    second time: the last runner goes back to what entered.
+    """
+    entered: list[Tensor] = []
+
+    def run(index: int) -> _Run:
+        def step(block: nn.Module, arguments: dict[Slot, Any], call: _Run) -> Any:
+            if index == segment.first:
+                held = streams.entering(arguments)
+                entered[:] = [tensor.clone() for tensor in held] if copies else held
+            if index < segment.last:
+                return streams.passed(arguments)
+            return streams.returned(
+                [e + a if e.shape == a.shape else a for e, a in zip(entered, added, strict=True)]
+            )
+
+        return step
+
+    return {(segment.name, i): run(i) for i in range(segment.first, segment.last + 1)}
+
+
+def _streams_of(calls: Sequence[_Seen]) -> Streams | None:
+    """Return which argument each output becomes, None if that cannot be told."""
+    outputs = [_as_tuple(call.output) for call in calls]
+    if len({len(output) for output in outputs}) != 1:
+        return None
+    slots: list[Slot | None] = []
+    for position in range(len(outputs[0])):
+        if all(output[position] is None for output in outputs):
+            slots.append(None)
+            continue
+        slot = _next_slot(calls, outputs, position, taken=slots)
+        if slot is None:
+            return None
+        slots.append(slot)
+    return Streams(tuple(slots), single=not isinstance(calls[0].output, tuple | list))
+
+
+def _next_slot(
+    calls: Sequence[_Seen],
+    outputs: Sequence[tuple[Any, ...]],
+    position: int,
+    taken: Sequence[Slot | None],
+) -> Slot | None:
+    """Return the argument that holds one output: the same tensor, else the first of its shape."""
+    votes: Counter[Slot] = Counter()
+    for call, output in zip(calls[1:], outputs, strict=False):
+        value = output[position]
+        votes.update(s for s, held in call.arguments.items() if held is value and s not in taken)
+    if votes:
+        return votes.most_common(1)[0][0]
+    value = outputs[0][position]
+    if not isinstance(value, Tensor):
+        return None
+    for slot, held in calls[0].arguments.items():
+        if isinstance(held, Tensor) and held.shape == value.shape and slot not in taken:
+            return slot
+    return None
+
+
+def _as_tuple(output: Any) -> tuple[Any, ...]:
+    return tuple(output) if isinstance(output, tuple | list) else (output,)
+
+
+def _grouped(names: Sequence[str]) -> list[str]:
+    return [name for i, name in enumerate(names) if i == 0 or names[i - 1] != name]
