@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,12 +11,21 @@ from torch import nn
 
 from ditune.accel import fingerprint
 from ditune.accel.anatomy import denoisers
-from ditune.accel.tap import tapped
+from ditune.accel.tap import Observation, tapped
 from ditune.db.errors import UsageFault
 from ditune.db.records import Profile
 from ditune.profiler.redundancy import Redundancy
 from ditune.profiler.statistics import quantiles
 from ditune.profiler.timing import LayerClock, layers_of, timed
+from ditune.profiler.trajectory import Trajectory, TrajectoryRecorder
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A profile, and the plain trajectories that forecasts are fitted to."""
+
+    profile: Profile
+    trajectories: tuple[Trajectory, ...]
 
 
 def profile(
@@ -27,7 +37,20 @@ def profile(
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Profile:
-    """Run a pipeline on some prompts and return its profile.
+    """Run a pipeline on some prompts and return its profile; see `record`."""
+    return record(pipe, prompts, call=call, small=small, seed=seed, progress=progress).profile
+
+
+def record(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    call: Mapping[str, Any] | None = None,
+    small: nn.Module | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Recorded:
+    """Run a pipeline on some prompts and return its profile and trajectories.
 
     Three passes, so that no instrument disturbs another: whole calls are timed bare, layers with
     clocks on them (first prompt only), and redundancy with every forward watched.
@@ -64,13 +87,19 @@ def profile(
     progress("timing layers")
     with LayerClock(device).attached(layers_of(pipe)) as clock:
         run(0)
-    redundancy = Redundancy(float(arguments.get("guidance_scale", 1.0)))
-    with tapped(pipe, redundancy.watch, small):
+    scale = float(arguments.get("guidance_scale", 1.0))
+    redundancy, trajectories = Redundancy(scale), TrajectoryRecorder(scale)
+
+    def watch(seen: Observation) -> None:
+        redundancy.watch(seen)
+        trajectories.watch(seen)
+
+    with tapped(pipe, watch, small):
         for index in range(len(prompts)):
             progress(f"watching prompt {index + 1} of {len(prompts)}")
             run(index)
     request = fingerprint.declared(pipe, {"prompt": prompts[0], **arguments})
-    return Profile(
+    found = Profile(
         hardware=fingerprint.hardware(device),
         software=fingerprint.software(),
         workload=fingerprint.workload(pipe, request, small),
@@ -82,3 +111,4 @@ def profile(
         peak_bytes=peak,
         clocks=None,
     )
+    return Recorded(found, trajectories.trajectories())

@@ -23,7 +23,7 @@ from ditune.db.records import (
     Trial,
 )
 from ditune.db.store import Store
-from ditune.profiler.record import profile as record_profile
+from ditune.profiler.record import Recorded, record
 from ditune.tuner.confirm import Confirmation, confirm
 from ditune.tuner.evaluate import Case, Evaluator, cases_of
 from ditune.tuner.fewer_steps import FewestSteps, fewest_steps
@@ -126,8 +126,9 @@ class Session:
     def run(self, storage_url: str) -> Result:
         """Profile, search, confirm and save; everything measured is in the store at any time."""
         started = time.monotonic()
-        found = self._profile()
-        space = Space(found, handoff=self._may_hand_off())
+        recorded = self._profile()
+        found = recorded.profile
+        space = Space(found, handoff=self._may_hand_off(), trajectories=recorded.trajectories)
         study = self._study(found, space)
         trials = self._search(study, space, storage_url)
         confirmation = self._confirm(trials)
@@ -145,7 +146,7 @@ class Session:
             duration_s=time.monotonic() - started,
         )
 
-    def _profile(self) -> Profile:
+    def _profile(self) -> Recorded:
         options = self.options
         total = 2 * options.profile_prompts + 2
         done = -1
@@ -155,7 +156,7 @@ class Session:
             done += 1
             self.progress.update("profile", done, total, words)
 
-        found = record_profile(
+        recorded = record(
             self.source.pipe,
             self.source.calibration[: options.profile_prompts],
             call=self.source.call,
@@ -164,8 +165,8 @@ class Session:
             progress=note,
         )
         self.progress.update("profile", total, total, "done")
-        self.store.save_profile(found)
-        return found
+        self.store.save_profile(recorded.profile)
+        return recorded
 
     def _may_hand_off(self) -> bool:
         """Whether the hand-off belongs into the space; says so when it does not."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,10 +22,13 @@ from optuna.distributions import (
 
 from ditune.db.digest import digest_bytes
 from ditune.db.records import Handoff, MaskCache, Payload, Policy, Profile, RuleCache
+from ditune.profiler.trajectory import Trajectory
 from ditune.tuner.masks import densities, mask, place
+from ditune.tuner.schedule import StepSchedules
 
 Parameters = Mapping[str, float | int | str]
 _COMPUTE_MIN = 0.05  # as a fraction of the steps
+_BLOCK = re.compile(r"transformer\.\w+\.\d+$")  # how a profile names the blocks of the denoiser
 _HANDOFF_LATEST = 1.0  # as a fraction of the steps: never
 
 
@@ -39,34 +43,42 @@ class Proposal:
 class Space:
     """What may be searched on one workload, given its profile."""
 
-    def __init__(self, profile: Profile, *, handoff: bool) -> None:
+    def __init__(
+        self, profile: Profile, *, handoff: bool, trajectories: Sequence[Trajectory] = ()
+    ) -> None:
         """Fix the space.
 
         Args:
             profile: Gives step count, guidance, block count and the density of change.
             handoff: Whether a small model may take over.
+            trajectories: Plain generations that masks are scheduled with.
         """
         self.steps = profile.workload.steps
         self.guidance = profile.workload.guidance
-        self.depth = sum(".blocks." in layer.name for layer in profile.layers) or 1
+        self.depth = sum(bool(_BLOCK.match(layer.name)) for layer in profile.layers) or 1
         self._density = densities(profile.redundancy, self.steps)
         self._sigmas = [step.sigma for step in profile.redundancy]
         self._typical_change = _typical(profile)
+        fitting = [t for t in trajectories if t.steps == self.steps]
+        self._schedules = StepSchedules(fitting) if fitting else None
         front = max(1, self.depth // 2)
         self.distributions: dict[str, BaseDistribution] = {
             "kind": CategoricalDistribution(["mask", "rule"]),
             "compute_frac": FloatDistribution(_COMPUTE_MIN, 1.0),
             "warmup_frac": FloatDistribution(0.02, 0.4),
             "cooldown_steps": IntDistribution(0, 3),
-            "density_power": FloatDistribution(0.0, 1.5),
             "block_share": FloatDistribution(0.0, 0.6),
-            "order": IntDistribution(0, 1),
-            "form": CategoricalDistribution(["output", "hidden"]),
+            "order": IntDistribution(0, 2),
+            "form": CategoricalDistribution(["output", "latent", "hidden"]),
             "fn_blocks": IntDistribution(1, front),
             "delta2": FloatDistribution(0.005, 0.5, log=True),
             "delta1_ratio": FloatDistribution(0.2, 0.9),
             "interval_max": IntDistribution(2, 8),
         }
+        if self._schedules is not None:
+            self.distributions["tilt"] = FloatDistribution(-3.0, 1.0)
+        else:
+            self.distributions["density_power"] = FloatDistribution(0.0, 1.5)
         if self.guidance:
             self.distributions["cfg_share"] = FloatDistribution(0.0, 0.6)
         if handoff:
@@ -115,6 +127,7 @@ class Space:
             "warmup_frac": 0.1,
             "cooldown_steps": 1,
             "density_power": 0.5,
+            "tilt": -1.0,  # an error made early grows; measured on the miniature
             "block_share": 0.0,
             "cfg_share": 0.0,
             "order": 1,
@@ -129,18 +142,25 @@ class Space:
         return {name: point[name] for name in self.distributions}
 
     def _mask(self, point: Parameters) -> MaskCache:
-        power = float(point["density_power"])
-        computed = place(
-            [value**power for value in self._density],
-            budget=round(float(point["compute_frac"]) * self.steps),
-            warmup=max(2, math.ceil(float(point["warmup_frac"]) * self.steps)),
-            cooldown=int(point["cooldown_steps"]),
-        )
+        computed = self._computed(point)
         cfg_share = float(point.get("cfg_share", 0.0))
         return MaskCache(
             actions=mask(self.steps, computed, cfg_share, float(point["block_share"])),
             payload=_payload(point),
             fn_blocks=int(point["fn_blocks"]),
+        )
+
+    def _computed(self, point: Parameters) -> list[int]:
+        """Return the steps to compute: by trajectories where there are any, else by density."""
+        budget = round(float(point["compute_frac"]) * self.steps)
+        if self._schedules is not None:
+            return self._schedules.computed(max(budget, 2), float(point["tilt"]))
+        power = float(point["density_power"])
+        return place(
+            [value**power for value in self._density],
+            budget=budget,
+            warmup=max(2, math.ceil(float(point["warmup_frac"]) * self.steps)),
+            cooldown=int(point["cooldown_steps"]),
         )
 
     def _rule(self, point: Parameters) -> RuleCache:
@@ -167,8 +187,11 @@ class Space:
 
 
 def _payload(point: Parameters) -> Payload:
-    form: Literal["hidden", "output"] = "hidden" if point["form"] == "hidden" else "output"
-    return Payload(form=form, order=int(point["order"]))
+    forms: dict[object, Literal["hidden", "latent", "output"]] = {
+        "hidden": "hidden",
+        "latent": "latent",
+    }
+    return Payload(form=forms.get(point["form"], "output"), order=int(point["order"]))
 
 
 def _typical(profile: Profile) -> float:
