@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +68,8 @@ def confirm(
         reason = ""
         for case in cases:
             outcomes.append(measured(trial.policy, case, paired=not evaluator.knows(case)))
-            reason = _missed(evaluator.constraints, outcomes, final=len(outcomes) == len(cases))
+            values = [outcome.values for outcome in outcomes]
+            reason = missed(evaluator.constraints, values, final=len(outcomes) == len(cases))
             if reason:
                 break
         if not reason:
@@ -83,10 +84,18 @@ def confirm(
     return Confirmation(None, None, len(candidates), tuple(reasons))
 
 
-def _missed(constraints: Sequence[Constraint], outcomes: Sequence[Outcome], *, final: bool) -> str:
-    """Return which floor is missed, empty if none is (or it is too early to say)."""
+def missed(
+    constraints: Sequence[Constraint], values: Sequence[Mapping[str, float]], *, final: bool
+) -> str:
+    """Return which floor a candidate misses, empty if none (or if it is too early to say).
+
+    Args:
+        constraints: The floors.
+        values: Each metric's value, case by case.
+        final: Whether these are all cases: then each floor has to hold with its bound.
+    """
     for constraint in constraints:
-        scores = [outcome.values[constraint.metric] for outcome in outcomes]
+        scores = [value[constraint.metric] for value in values]
         if constraint.statistic == "worst":
             if min(scores) < constraint.floor:
                 return f"{constraint.name} {min(scores):.4g} < {constraint.floor:g}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -117,13 +118,19 @@ class Evaluator:
         self._plain.setdefault(case, video)
         return lasted
 
-    def generate(self, case: Case) -> tuple[np.ndarray, float]:
-        """Call the pipeline as it stands; return the video and the latency in milliseconds."""
+    def generate(
+        self, case: Case, changes: Mapping[str, Any] = MappingProxyType({})
+    ) -> tuple[np.ndarray, float]:
+        """Call the pipeline as it stands; return the video and the latency in milliseconds.
+
+        `changes` are arguments that take the place of the source's own.
+        """
         generator = torch.Generator().manual_seed(case.seed)
 
         def call() -> Any:
+            arguments = {**self.source.call, **changes}
             return self.source.pipe(
-                prompt=case.prompt, generator=generator, output_type="np", **self.source.call
+                prompt=case.prompt, generator=generator, output_type="np", **arguments
             )
 
         output, lasted = timed(call, self.device)

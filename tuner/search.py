@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol
@@ -142,7 +142,7 @@ class Search:
             speedup = search_speedup(outcomes)
             work_ratio = float(np.median([o.summary.work_ratio for o in outcomes]))
             if len(outcomes) < len(self.cases):
-                reason = hopeless(constraints, outcomes)
+                reason = hopeless(constraints, values)
         return Trial(
             uuid=uuid.uuid4().hex,
             study=self.name,
@@ -167,7 +167,7 @@ class Search:
                 policy,
                 self.cases,
                 pairs=SEARCH_PAIRS,
-                stop=lambda seen: bool(hopeless(constraints, seen)),
+                stop=lambda seen: bool(hopeless(constraints, [each.values for each in seen])),
             )
         )
 
@@ -208,7 +208,7 @@ def expected_speedup(trial: Trial, trials: Sequence[Trial]) -> float:
 
 
 def violations(
-    constraints: Sequence[Constraint], values: Sequence[dict[str, float]]
+    constraints: Sequence[Constraint], values: Sequence[Mapping[str, float]]
 ) -> dict[str, float]:
     """Return by how much each constraint is missed, relative to its floor; <= 0 holds it.
 
@@ -223,13 +223,12 @@ def violations(
     return missed
 
 
-def hopeless(constraints: Sequence[Constraint], outcomes: Sequence[Outcome]) -> str:
+def hopeless(constraints: Sequence[Constraint], values: Sequence[Mapping[str, float]]) -> str:
     """Return why a trial cannot hold its floors whatever comes, empty if it still can.
 
     A worst prompt below its floor cannot be undone. A mean is given up after two prompts that both
     miss it by a tenth.
     """
-    values = [outcome.values for outcome in outcomes]
     for constraint in constraints:
         scores = [value[constraint.metric] for value in values]
         if constraint.statistic == "worst" and min(scores) < constraint.floor:

@@ -227,10 +227,10 @@ def test_one_unlucky_pair_does_not_turn_the_order_of_work_around() -> None:
 
 
 def test_hopeless_trials_end_early() -> None:
-    assert "below 27" in hopeless(FLOORS, [outcome(26.0)])
-    assert "stay below" in hopeless(FLOORS, [outcome(30.0), outcome(31.0)])
-    assert not hopeless(FLOORS, [outcome(30.0)])
-    assert not hopeless(FLOORS, [outcome(30.0), outcome(39.0)])
+    assert "below 27" in hopeless(FLOORS, [{"psnr": 26.0}])
+    assert "stay below" in hopeless(FLOORS, [{"psnr": 30.0}, {"psnr": 31.0}])
+    assert not hopeless(FLOORS, [{"psnr": 30.0}])
+    assert not hopeless(FLOORS, [{"psnr": 30.0}, {"psnr": 39.0}])
 
 
 def test_violations_have_a_margin_on_the_mean() -> None:

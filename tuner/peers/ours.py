@@ -1,0 +1,78 @@
+"""ditune in its own benchmark: the search that users run, on the prompts that the peers get."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ditune.accel.apply import accelerate
+from ditune.db.engine import study_storage_url
+from ditune.db.records import Policy, Settings, Study, Trial
+from ditune.db.store import Store
+from ditune.profiler.record import Recorded, record
+from ditune.tuner.evaluate import Case, Evaluator
+from ditune.tuner.peers.contract import Setting
+from ditune.tuner.search import Budget, Search, candidates, now
+from ditune.tuner.source import Source, prompts_digest
+from ditune.tuner.space import Space
+
+NAME = "ditune"
+_PROFILED = 2  # prompts
+_SEED = 1_000
+
+
+def profiled(source: Source) -> Recorded:
+    """Return the profile that searches rest on."""
+    return record(source.pipe, source.calibration[:_PROFILED], call=source.call, seed=_SEED)
+
+
+def fastest(
+    evaluator: Evaluator,
+    recorded: Recorded,
+    cases: Sequence[Case],
+    folder: Path,
+    budget: Budget,
+    progress: Callable[[Trial, int], None],
+) -> list[Setting]:
+    """Search for the floors of an evaluator; return what held them, the fastest first.
+
+    Args:
+        evaluator: Of the source, with the floors.
+        recorded: Its profile and trajectories.
+        cases: The calibration prompts.
+        folder: Keeps the search, so that a restart goes on with it.
+        budget: Trials, as many as the peers have settings.
+        progress: Called after every trial.
+    """
+    found = recorded.profile
+    space = Space(found, handoff=False, trajectories=recorded.trajectories)
+    settings = Settings(
+        hardware=found.hardware,
+        software=found.software,
+        workload=found.workload,
+        constraints=evaluator.constraints,
+        prompts_digest=prompts_digest(evaluator.source),
+        seed=0,
+        space=space.digest,
+    )
+    url = str(folder / "search.db")
+    with Store.open(url) as store:
+        if settings.study not in {study.name for study in store.studies()}:
+            store.save_study(Study(name=settings.study, settings=settings, created_at=now()))
+        search = Search(settings.study, space, evaluator, cases, seed=settings.seed)
+        search.open(study_storage_url(url), store)
+        trials = search.run(budget, progress)
+    return [_setting(trial.policy) for trial in candidates(trials, budget.trials)]
+
+
+def _setting(policy: Policy) -> Setting:
+    return Setting(policy.id[7:19], partial(_on, policy=policy))
+
+
+@contextmanager
+def _on(pipe: Any, policy: Policy) -> Iterator[Mapping[str, Any]]:
+    with accelerate(pipe, policy):
+        yield {}
