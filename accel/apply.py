@@ -100,12 +100,13 @@ class Episode:
         self.policy = None if self.reason else policy
         self.reason = self.reason or match.reason
         if self.policy is not None and self.policy.cache is not None:
-            granularities: set[Granularity] = {"step", "block"}
-            if guided and where.branch in (COND, UNCOND, BATCHED):
-                granularities.add("cfg")
             cache = self.policy.cache
-            trigger = trigger_for(cache, where.steps, granularities)
             kind = cache.indicator if isinstance(cache, RuleCache) else None
+            branches = {COND, UNCOND} if kind == "first_block" else {COND, UNCOND, BATCHED}
+            granularities: set[Granularity] = {"step", "block"}
+            if guided and where.branch in branches:
+                granularities.add("cfg")
+            trigger = trigger_for(cache, where.steps, granularities)
             measure = indicator_for(kind, model) if kind is not None else None
             self.plan = StepPlan(cache, trigger, self.tally, measure)
 

@@ -5,6 +5,8 @@ Each gives one tensor per step; the trigger compares it with the one before. Wha
 - `latent`: two passes over the latents.
 - `spectral`: a Fourier transform of the latents there and back.
 - `timestep`: the timestep embedding, a few thousand multiplications; the same for every prompt.
+- `first_block`: what the blocks that run anyway add (FirstBlockCache's idea): two passes over the
+  hidden state, and the front blocks at every step. It is seen inside the forward: see `spans.py`.
 """
 
 from __future__ import annotations
@@ -21,8 +23,13 @@ POWER = 3.0  # how steeply the spectrum of clean video falls: SeaCache's value
 Measure = Callable[[Tensor, float | None, Tensor | None], Tensor | None]
 
 
-def indicator_for(kind: Indicator, model: nn.Module) -> Measure:
-    """Return what measures a step from its latents, noise level and timestep; None if it cannot."""
+def indicator_for(kind: Indicator, model: nn.Module) -> Measure | None:
+    """Return what measures a step from its latents, noise level and timestep.
+
+    It gives None where it cannot; there is no such measure for what is seen inside the forward.
+    """
+    if kind == "first_block":
+        return None
     if kind == "latent":
         return lambda latents, _sigma, _timestep: latents
     if kind == "spectral":

@@ -9,6 +9,7 @@ Source: MixCache (arXiv 2508.12691), completed where the paper is silent.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,6 +24,7 @@ COND, UNCOND, BATCHED = "cond", "uncond", "cond_uncond"
 _AMPLIFY = 1.1  # FasterCache's factor
 _LOW_UNTIL, _HIGH_FROM = 0.8, 0.6  # where, in shares of the steps, it acts on which frequencies
 _WHOLE: Span = (0, 0)
+Ask = Callable[[Tensor | None], Action]  # told what the front blocks added, None if nobody knows
 
 
 class Compute(Protocol):
@@ -74,7 +76,7 @@ class MixCache:
         self._stack = stack
         self._tally = tally
         masked = isinstance(cache, MaskCache)
-        actions = set(cache.actions) if isinstance(cache, MaskCache) else {"full", *cache.allowed}
+        actions = set(cache.actions) if isinstance(cache, MaskCache) else set(cache.granularities)
         self._form = cache.payload.form
         self._measures = not masked  # nobody asks a mask what a full step showed
         self._keeps_output = not masked or ("step" in actions and self._form != "hidden")
@@ -96,24 +98,27 @@ class MixCache:
         """Whether there is nothing to reuse yet."""
         return not self._branches
 
-    def forward(self, action: Action, place: Place, compute: Compute) -> Tensor:
-        """Return the branch's output at a step, computed or reused as the action says."""
+    def forward(self, action: Action | Ask, place: Place, compute: Compute) -> Tensor:
+        """Return the branch's output at a step, computed or reused as the action says.
+
+        An action that is still open is asked for once the blocks at the front have run.
+        """
         state = self._branches.setdefault(place.branch, self._new_branch())
-        depth = len(self._stack)
         self._tally.forwards += 1
-        self._tally.blocks_asked += depth
+        self._tally.blocks_asked += len(self._stack)
         sample: Tensor | None = None
+        if callable(action):
+            residual = state.span.predict(place.step)
+            if residual is not None and not self._stack.problem:
+                return self._asking(action, residual, place, compute)
+            action = action(None)
         if action == "step":
             sample = self._step(state, place, compute)
         elif action == "cfg" and place.branch != COND:
             sample = self._cfg(place, compute)
         elif action == "block":
             sample = self._block(state, place, compute)
-        if sample is None:
-            sample = self._full(action, state, place, compute)
-            self._tally.computed += 1
-            self._tally.blocks_run += depth
-        return sample
+        return self._full(action, place, compute) if sample is None else sample
 
     def signals(self) -> dict[str, Tensor]:
         """Return what the last full step showed, as scalars on the device, and forget it.
@@ -164,6 +169,22 @@ class MixCache:
     def _block(self, state: _Branch, place: Place, compute: Compute) -> Tensor | None:
         return self._run_around(state.span.predict(place.step), self._spans["span"], compute)
 
+    def _asking(self, ask: Ask, residual: Values, place: Place, compute: Compute) -> Tensor:
+        """Run the front blocks, ask, and go on as the answer says."""
+        chosen: list[Action] = []
+
+        def reuse(front: Tensor) -> bool:
+            chosen.append(ask(front))
+            return chosen[0] == "block"
+
+        span, depth = self._spans["span"], len(self._stack)
+        with self._stack.deciding(span, residual, reuse) as recording:
+            sample = compute()
+        self._tally.computed += 1
+        self._tally.blocks_run += min(sum(span), depth) if chosen[0] == "block" else depth
+        self._keep(chosen[0], place, sample, {"span": recording.residuals[0]})
+        return sample
+
     def _run_around(self, residual: Values | None, span: Span, compute: Compute) -> Tensor | None:
         if self._stack.problem:
             self._note_trip(f"blocks are never left out: {self._stack.problem}")
@@ -180,24 +201,33 @@ class MixCache:
 
     # --- computing -----------------------------------------------------------------------------
 
-    def _full(self, action: Action, state: _Branch, place: Place, compute: Compute) -> Tensor:
+    def _full(self, action: Action, place: Place, compute: Compute) -> Tensor:
         """Compute; remember the result only if the whole step is full (rule 2)."""
-        if action != "full":
-            sample = compute()
-        elif self._spans:
+        residuals: dict[str, Values | None] = {}
+        if action == "full" and self._spans:
             with self._stack.recording(list(self._spans.values())) as recording:
                 sample = compute()
-            for name, residual in zip(self._spans, recording.residuals, strict=True):
-                self._remember_residual(name, state, place, residual)
-            self._remember(state, place, sample)
+            residuals = dict(zip(self._spans, recording.residuals, strict=True))
         else:
             sample = compute()
+        self._tally.computed += 1
+        self._tally.blocks_run += len(self._stack)
+        self._keep(action, place, sample, residuals)
+        return sample
+
+    def _keep(
+        self, action: Action, place: Place, sample: Tensor, residuals: Mapping[str, Values | None]
+    ) -> None:
+        """Remember what a full step gave, and a conditional output for the other branch."""
+        if action == "full":
+            state = self._branches[place.branch]
+            for name, residual in residuals.items():
+                self._remember_residual(name, state, place, residual)
             self._remember(state, place, sample)
         if place.branch == COND:
             self._fresh_cond = sample
         elif self._keeps_delta and action == "full":
             self._remember_delta(place, sample)
-        return sample
 
     def _remember(self, state: _Branch, place: Place, sample: Tensor) -> None:
         if not self._keeps_output:

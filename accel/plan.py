@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ditune.accel.indicator import Measure
-from ditune.accel.mixcache import MixCache, Place, Tally
+from ditune.accel.mixcache import Ask, MixCache, Place, Tally
 from ditune.accel.payload import relative_l1
 from ditune.accel.trigger import Measured, Trigger
 from ditune.db.records import Action, CachePolicy, Granularity, MaskCache, RuleCache
@@ -42,28 +42,32 @@ class StepPlan:
 
     def action(
         self, place: Place, sigma: float | None, timestep: Tensor | None, cache: MixCache
-    ) -> Action:
+    ) -> Action | Ask:
         """Return the step's action, deciding it when the step is new.
 
+        Where the front blocks are the indicator, the step's first forward gets a question instead.
         A model that comes in after others has nothing to reuse: its first step is full.
         """
-        if place.step != self._step:
-            self._decide(place, sigma, timestep, cache)
-        self._used = cache
-        return self._action
+        if place.step == self._step:
+            self._used = cache
+            return self._action
+        if isinstance(self._cache, RuleCache) and self._cache.indicator == "first_block":
+            return lambda front: self._decided(place, front, cache)
+        asks = self._measure is not None and not self._off
+        signal = self._measure(place.latents, sigma, timestep) if asks else None  # type: ignore[misc]
+        return self._decided(place, signal, cache)
 
-    def _decide(
-        self, place: Place, sigma: float | None, timestep: Tensor | None, cache: MixCache
-    ) -> None:
+    def _decided(self, place: Place, signal: Tensor | None, cache: MixCache) -> Action:
+        """Decide a new step; `signal` is the indicator's value at it."""
         if self._shape not in (None, place.latents.shape):
             self._trip(f"the latents changed their shape at step {place.step}")
         self._shape = place.latents.shape
-        change, measured = self._read(place, sigma, timestep)
+        change, measured = self._read(place.step, signal)
         if self._used is not None and self._action == "full":
             self._trigger.observe(self._step, measured)
         if self._used is not None and cache is not self._used:
             self._trigger.restart()
-        self._step = place.step
+        self._step, self._used = place.step, cache
         self._action = "full" if self._off else self._trigger.decide(place.step, change)
         if cache.empty:
             self._action = "full"
@@ -71,25 +75,24 @@ class StepPlan:
             self._trip(f"{self._reused()} of {place.steps} steps were reused, more than allowed")
             self._action = "full"
         self._tally.actions[self._action] += 1
+        return self._action
 
-    def _read(
-        self, place: Place, sigma: float | None, timestep: Tensor | None
-    ) -> tuple[float | None, Measured | None]:
+    def _read(self, step: int, signal: Tensor | None) -> tuple[float | None, Measured | None]:
         """Return the indicator's change and what the last full step showed: one synchronisation."""
         signals: dict[str, Tensor] = {}
-        if self._used is not None and self._action == "full" and not self._off:
+        if self._off:
+            return None, None
+        if self._used is not None and self._action == "full":
             signals |= self._used.signals()
-        if self._measure is not None and not self._off:
-            now = self._measure(place.latents, sigma, timestep)
-            if now is not None and self._before is not None and now.shape == self._before.shape:
-                signals[_CHANGE] = relative_l1(now, self._before)
-            self._before = now
+        before, self._before = self._before, signal
+        if signal is not None and before is not None and signal.shape == before.shape:
+            signals[_CHANGE] = relative_l1(signal, before)
         if not signals:
             return None, None
         values = torch.stack([value.float() for value in signals.values()]).tolist()
         found = dict(zip(signals, values, strict=True))
         if not all(map(math.isfinite, values)):
-            self._trip(f"what decides step {place.step} is not finite")
+            self._trip(f"what decides step {step} is not finite")
             return None, None
         change = found.pop(_CHANGE, None)
         deviation = found.pop("deviation", None)

@@ -3,14 +3,10 @@
 Stand-ins take the places of blocks in the model's own lists for the duration of one forward. The
 model's loop stays in charge: what it does between blocks still happens. Compiled blocks keep their
 graphs, because no block gains a hook or a branch.
-
-Which tensors flow from block to block is seen, not known: an output of one block that is the very
-tensor that the next one takes is a stream. So a new model needs no entry in a registry.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,40 +15,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ditune.accel.anatomy import block_lists
+from ditune.accel.streams import Seen, Slot, Streams, as_tuple, streams_of
 from ditune.db.errors import UsageFault
 
-Slot = int | str  # position or name of an argument
 Span = tuple[int, int]  # blocks that always run at the front and at the back of the chain
 Residual = tuple[Tensor, ...]  # what a span adds to its streams, or makes of reshaped ones
 _Run = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Streams:
-    """For each output of a block, the argument of the next block that it becomes."""
-
-    slots: tuple[Slot | None, ...]  # None: the block returned None there
-    single: bool  # one tensor is returned bare instead of in a tuple
-
-    def passed(self, arguments: Mapping[Slot, Any]) -> Any:
-        """Return what a block returns that does nothing."""
-        values = tuple(None if slot is None else arguments[slot] for slot in self.slots)
-        return values[0] if self.single else values
-
-    def entering(self, arguments: Mapping[Slot, Any]) -> list[Tensor]:
-        """Return the streams among a block's arguments."""
-        return [arguments[slot] for slot in self.slots if slot is not None]
-
-    def leaving(self, output: Any) -> list[Tensor]:
-        """Return the streams among what a block returned."""
-        outputs = _as_tuple(output)
-        return [outputs[i] for i, slot in enumerate(self.slots) if slot is not None]
-
-    def returned(self, streams: Sequence[Tensor]) -> Any:
-        """Return streams as a block would."""
-        left = iter(streams)
-        values = tuple(None if slot is None else next(left) for slot in self.slots)
-        return values[0] if self.single else values
 
 
 @dataclass(frozen=True)
@@ -62,16 +30,6 @@ class Segment:
     name: str
     first: int
     last: int
-
-
-@dataclass
-class _Seen:
-    """One block's call while streams are learnt."""
-
-    name: str
-    index: int
-    arguments: dict[Slot, Any]
-    output: Any
 
 
 @dataclass
@@ -144,21 +102,25 @@ class BlockStack:
         left out (`problem` then says why).
         """
         recording = Recording([self.segments(span) for span in spans])
-        seen: list[_Seen] = []
+        seen: list[Seen] = []
         learning = not self._streams and not self.problem
         with self._replaced(self._recorders(recording, seen if learning else None)):
             yield recording
         if learning:
             self._learn(seen)
+        self._settle(recording)
+
+    def _settle(self, recording: Recording) -> None:
+        """Work out the residuals of a forward that has run."""
         changed = any(tensor._version != before for tensor, before in recording.versions)
         if self.problem or (changed and not self._copies):
-            recording.residuals = [None] * len(spans)
+            recording.residuals = [None] * len(recording.spans)
         else:
             recording.residuals = [self._residual(recording, span) for span in recording.spans]
         self._copies = self._copies or changed  # from the next forward on
 
     def _recorders(
-        self, recording: Recording, seen: list[_Seen] | None
+        self, recording: Recording, seen: list[Seen] | None
     ) -> dict[tuple[str, int], _Run]:
         """Return a runner for every block that has something to tell."""
         enter = {(s.name, s.first) for span in recording.spans for s in span}
@@ -173,10 +135,10 @@ class BlockStack:
                     recording.entered[key] = self._kept(arguments, recording)
                 output = call()
                 if key in leave:
-                    kept = self._kept(dict(enumerate(_as_tuple(output))), recording)
+                    kept = self._kept(dict(enumerate(as_tuple(output))), recording)
                     recording.left[key] = tuple(kept.values())
                 if seen is not None:
-                    seen.append(_Seen(*key, arguments, output))
+                    seen.append(Seen(*key, arguments, output))
                 return output
 
             return run
@@ -207,7 +169,7 @@ class BlockStack:
 
     # --- learning ------------------------------------------------------------------------------
 
-    def _learn(self, seen: list[_Seen]) -> None:
+    def _learn(self, seen: list[Seen]) -> None:
         order = [call.name for call in seen]
         if not seen:
             self.problem = f"{type(self.model).__name__} did not run its blocks {self.names}"
@@ -218,7 +180,7 @@ class BlockStack:
             return
         for name in dict.fromkeys(order):
             calls = [call for call in seen if call.name == name]
-            streams = _streams_of(calls)
+            streams = streams_of(calls)
             if streams is None:
                 kind = type(self.lists[name][0]).__name__
                 self.problem = f"{kind} returns something that no next block takes"
@@ -235,6 +197,50 @@ class BlockStack:
         Raises:
             UsageFault: Nothing was recorded yet, or blocks cannot be left out of this model.
         """
+        with self._replaced(self._skippers(span, residual)):
+            yield
+
+    @contextmanager
+    def deciding(
+        self, span: Span, residual: Residual, reuse: Callable[[Tensor], bool]
+    ) -> Iterator[Recording]:
+        """Run the blocks in front of a span, then leave the span out or record it.
+
+        Args:
+            span: With at least one block in front of it.
+            residual: What the span added before.
+            reuse: Told once what the blocks in front added to the first stream; its answer counts.
+
+        Raises:
+            UsageFault: Nothing was recorded yet, or blocks cannot be left out of this model.
+        """
+        recording = Recording([self.segments(span)])
+        skippers = self._skippers(span, residual)
+        recorders = self._recorders(recording, None)
+        begin = next((name, 0) for name in self.names)
+        entered: list[Tensor] = []
+        verdict: list[bool] = []
+
+        def runner(key: tuple[str, int]) -> _Run:
+            def run(block: nn.Module, arguments: dict[Slot, Any], call: _Run) -> Any:
+                stream = self._streams[key[0]].entering(arguments)[0]
+                if key == begin:
+                    entered.append(stream.clone() if self._copies else stream)
+                    return call()
+                if not verdict:
+                    same = stream.shape == entered[0].shape
+                    verdict.append(reuse(stream - entered[0] if same else stream))
+                chosen = (skippers if verdict[0] else recorders).get(key)
+                return chosen(block, arguments, call) if chosen is not None else call()
+
+            return run
+
+        with self._replaced({key: runner(key) for key in (begin, *skippers)}):
+            yield recording
+        self._settle(recording)
+
+    def _skippers(self, span: Span, residual: Residual) -> dict[tuple[str, int], _Run]:
+        """Return a runner for every block of a span that stands in for it."""
         if self.problem or not self._streams:
             raise UsageFault(
                 f"blocks of {type(self.model).__name__} cannot be left out: "
@@ -247,8 +253,7 @@ class BlockStack:
             count = sum(slot is not None for slot in streams.slots)
             added, left = left[:count], left[count:]
             runners.update(_skipping(segment, streams, added, self._copies))
-        with self._replaced(runners):
-            yield
+        return runners
 
     @contextmanager
     def _replaced(self, runners: Mapping[tuple[str, int], _Run]) -> Iterator[None]:
@@ -310,49 +315,6 @@ def _skipping(
         return step
 
     return {(segment.name, i): run(i) for i in range(segment.first, segment.last + 1)}
-
-
-def _streams_of(calls: Sequence[_Seen]) -> Streams | None:
-    """Return which argument each output becomes, None if that cannot be told."""
-    outputs = [_as_tuple(call.output) for call in calls]
-    if len({len(output) for output in outputs}) != 1:
-        return None
-    slots: list[Slot | None] = []
-    for position in range(len(outputs[0])):
-        if all(output[position] is None for output in outputs):
-            slots.append(None)
-            continue
-        slot = _next_slot(calls, outputs, position, taken=slots)
-        if slot is None:
-            return None
-        slots.append(slot)
-    return Streams(tuple(slots), single=not isinstance(calls[0].output, tuple | list))
-
-
-def _next_slot(
-    calls: Sequence[_Seen],
-    outputs: Sequence[tuple[Any, ...]],
-    position: int,
-    taken: Sequence[Slot | None],
-) -> Slot | None:
-    """Return the argument that holds one output: the same tensor, else the first of its shape."""
-    votes: Counter[Slot] = Counter()
-    for call, output in zip(calls[1:], outputs, strict=False):
-        value = output[position]
-        votes.update(s for s, held in call.arguments.items() if held is value and s not in taken)
-    if votes:
-        return votes.most_common(1)[0][0]
-    value = outputs[0][position]
-    if not isinstance(value, Tensor):
-        return None
-    for slot, held in calls[0].arguments.items():
-        if isinstance(held, Tensor) and held.shape == value.shape and slot not in taken:
-            return slot
-    return None
-
-
-def _as_tuple(output: Any) -> tuple[Any, ...]:
-    return tuple(output) if isinstance(output, tuple | list) else (output,)
 
 
 def _grouped(names: Sequence[str]) -> list[str]:

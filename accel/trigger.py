@@ -77,7 +77,7 @@ class RuleTrigger:
         """Start a call of `steps` steps on a model that supports some granularities."""
         self.rule = rule
         self.steps = steps
-        self.allowed = tuple(g for g in rule.allowed if g in supported)
+        self.allowed = tuple(g for g in rule.granularities if g in supported)
         self.warmup_steps = math.ceil(rule.warmup_frac * steps)
         self.interval = rule.interval_init
         self.last_full = -1

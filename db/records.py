@@ -18,7 +18,7 @@ SCHEMA_VERSION = 1
 Status = Literal["measured", "predicted", "compiled", "simulated"]
 Granularity = Literal["step", "cfg", "block"]
 Action = Literal["full", "step", "cfg", "block"]
-Indicator = Literal["latent", "spectral", "timestep"]
+Indicator = Literal["latent", "spectral", "timestep", "first_block"]
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -207,6 +207,21 @@ class RuleCache(Record):
     threshold: Annotated[float, Field(gt=0, le=100)] = 0.25  # change at which a step is computed
     accumulated: bool = True  # since the last full step; False: of one step
     reuse_max: Fraction = 0.9  # of the steps; more is a runaway and ends caching for the call
+
+    @property
+    def granularities(self) -> tuple[Granularity, ...]:
+        """What a reused step may be: a forward whose front blocks have run is no whole step."""
+        within = self.indicator == "first_block"
+        return tuple(g for g in self.allowed if not (within and g == "step"))
+
+    @model_validator(mode="after")
+    def _first_block_runs(self) -> Self:
+        if self.indicator == "first_block" and (self.fn_blocks < 1 or "block" not in self.allowed):
+            raise ValueError(
+                "the first_block indicator looks at blocks that run: it needs fn_blocks of 1 or "
+                'more and "block" among the allowed granularities'
+            )
+        return self
 
 
 CachePolicy = Annotated[MaskCache | RuleCache, Field(discriminator="kind")]

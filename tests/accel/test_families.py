@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ditune.accel.apply import Summary, accelerate
 from ditune.accel.internals import tensors_of
 from ditune.accel.spans import BlockStack
-from ditune.db.records import Action, MaskCache, Payload, Policy
+from ditune.db.records import Action, MaskCache, Payload, Policy, RuleCache
 
 STEPS = 6
 FAMILIES = FIRST | SECOND
@@ -164,6 +164,22 @@ def test_block_masks_run_the_outer_blocks(loop: Loop) -> None:
     assert [12, *[8] * (len(counts) - 2), 12] == counts
     assert same(plain[:4], outputs[:4])
     assert not same(plain, outputs)
+
+
+def test_the_front_blocks_decide_inside_the_forward(loop: Loop) -> None:
+    plain = loop.run()
+    rule = {"warmup_frac": 0.0, "cooldown_steps": 0, "indicator": "first_block"}
+    never = Policy(cache=RuleCache(threshold=1e-9, **rule))  # type: ignore[arg-type]
+    always = Policy(cache=RuleCache(threshold=99.0, allowed=("block",), **rule))  # type: ignore[arg-type]
+    counts, summary, outputs = blocks_run(loop, always)
+    if type(loop.transformer).__name__ in INTERLEAVED:
+        assert set(counts) == {2 * STEPS}
+        return
+    assert [12, *[4] * (len(counts) - 1)] == counts
+    assert summary.steps == {"full": 2, "block": 4}
+    assert same(plain[:4], outputs[:4])
+    assert not same(plain, outputs)
+    assert same(plain, blocks_run(loop, never)[2])
 
 
 def test_two_pipelines_at_once_and_a_stopped_call_leave_nothing(loop: Loop) -> None:

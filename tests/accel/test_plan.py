@@ -22,7 +22,7 @@ def rule(**changes: Any) -> Policy:
     return Policy(cache=RuleCache(warmup_frac=0.0, cooldown_steps=0, **changes))
 
 
-@pytest.mark.parametrize("indicator", ["latent", "spectral", "timestep"])
+@pytest.mark.parametrize("indicator", ["latent", "spectral", "timestep", "first_block"])
 def test_an_indicator_reuses_more_the_higher_its_threshold(
     pipe: WanPipeline, generate: Generate, indicator: Indicator
 ) -> None:
@@ -49,8 +49,9 @@ def test_one_step_is_compared_or_all_since_the_last_full_one(
     assert full[True] > full[False]
 
 
+@pytest.mark.parametrize("indicator", ["latent", "first_block"])
 def test_a_rule_synchronises_once_per_step_and_a_mask_never(
-    pipe: WanPipeline, generate: Generate, monkeypatch: pytest.MonkeyPatch
+    pipe: WanPipeline, generate: Generate, monkeypatch: pytest.MonkeyPatch, indicator: Indicator
 ) -> None:
     reads = 0
     original = torch.Tensor.tolist
@@ -62,7 +63,7 @@ def test_a_rule_synchronises_once_per_step_and_a_mask_never(
         return original(self)
 
     monkeypatch.setattr("torch.Tensor.tolist", spy)
-    with accelerate(pipe, rule(indicator="latent", threshold=0.05)):
+    with accelerate(pipe, rule(indicator=indicator, threshold=0.05)):
         generate(pipe)
     assert 0 < reads <= STEPS
     reads = 0

@@ -34,6 +34,8 @@ def test_ids_leave_out_what_is_absent() -> None:
         lambda: RuleCache(delta1_ratio=1.0),
         lambda: RuleCache(allowed=()),
         lambda: Payload(order=3),
+        lambda: RuleCache(indicator="first_block", fn_blocks=0),
+        lambda: RuleCache(indicator="first_block", allowed=("step",)),
         lambda: Handoff(sigma=-1.0),
         lambda: Handoff(sigma=float("inf")),
         lambda: Interval(median="1", ci95=(1.0, 1.0), n=1),  # type: ignore[arg-type]
