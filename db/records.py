@@ -126,6 +126,20 @@ class StepRedundancy(Record):
     block_change: float | None
 
 
+class Impacts(Record):
+    """How much an error of each granularity matters to the result, the largest 1.
+
+    The relative change of the final latents per relative error that was put in at one step: of the
+    output (step), of the unconditional output relative to the conditional one (cfg), and of the
+    block span's residual (block). None where the model has no such granularity. They belong to
+    model and schedule, not to the hardware.
+    """
+
+    step: Annotated[float, Field(gt=0, le=1)]
+    cfg: Annotated[float, Field(gt=0, le=1)] | None
+    block: Annotated[float, Field(gt=0, le=1)] | None
+
+
 class Clocks(Record):
     """Device clocks while timings were taken, and why they were held back."""
 
@@ -148,6 +162,7 @@ class Profile(Record):
     disagreement: tuple[float, ...] | None  # q_k: small against large model, per step
     peak_bytes: Count | None
     clocks: Clocks | None
+    impacts: Impacts | None = None
     status: Status = "measured"
 
 

@@ -33,6 +33,7 @@ from ditune.db.parsing import parse
 from ditune.db.records import (
     Artifact,
     Hardware,
+    Impacts,
     PolicyFile,
     Profile,
     Study,
@@ -263,6 +264,18 @@ class Store:
         with self._reading() as session:
             body = session.scalar(query)
         return None if body is None else parse(Profile, body, f"a profile in {self.where}")
+
+    def impacts(self, workload: Workload) -> Impacts | None:
+        """Return the newest impacts of a workload, on whatever hardware they were measured."""
+        query = (
+            select(ProfileRow.body)
+            .where(ProfileRow.workload_key == workload.key)
+            .order_by(ProfileRow.id.desc())
+        )
+        with self._reading() as session:
+            what = f"a profile in {self.where}"
+            profiles = (parse(Profile, body, what) for body in session.scalars(query))
+            return next((p.impacts for p in profiles if p.impacts is not None), None)
 
     # --- files -----------------------------------------------------------------------------------
 

@@ -33,6 +33,17 @@ _PLURAL: dict[Action, str] = {
     "block": "reuse the middle blocks",
 }
 _GRANULARITY = {"step": "the whole step", "cfg": "guidance", "block": "the middle blocks"}
+_FORM = {  # one of them, several of them
+    "output": ("output", "outputs"),
+    "latent": ("difference from the input", "differences from the input"),
+    "hidden": ("hidden state", "hidden states"),
+}
+_INDICATOR = {
+    "latent": "the latents have",
+    "spectral": "the latents without their noise have",
+    "timestep": "the timestep's embedding has",
+    "first_block": "what the first blocks add has",
+}
 _METRICS = {
     "psnr": "PSNR",
     "ssim": "SSIM",
@@ -78,10 +89,10 @@ def policy_in_brief(policy: Policy) -> str:
         said.append("mask: " + ", ".join(f"{n} {action}" for action, n in counts.items() if n))
     elif isinstance(policy.cache, RuleCache):
         rule = policy.cache
-        said.append(
-            f"rule: delta {number(rule.delta2)}, interval {rule.interval_init} to "
-            f"{rule.interval_max}, {', '.join(rule.allowed)}"
-        )
+        when = f"delta {number(rule.delta2)}, interval {rule.interval_init} to {rule.interval_max}"
+        if rule.indicator is not None:
+            when = f"{rule.indicator} {number(rule.threshold)}, at most {rule.interval_max}"
+        said.append(f"rule: {when}, {', '.join(rule.granularities)}")
     if policy.handoff is not None:
         said.append(f"hand-off below sigma {number(policy.handoff.sigma)}")
     return "; ".join(said) or "plain pipeline"
@@ -164,12 +175,19 @@ def _mask(mask: MaskCache) -> str:
 
 
 def _rule(rule: RuleCache, steps: int | None) -> list[str]:
-    reused = " or ".join(_GRANULARITY[granularity] for granularity in rule.allowed)
-    pick = ", whichever has changed least" if len(rule.allowed) > 1 else ""
+    reused = " or ".join(_GRANULARITY[granularity] for granularity in rule.granularities)
+    pick = ", whichever has changed least" if len(rule.granularities) > 1 else ""
+    protected = f"What to reuse is decided while it runs. {_protected(rule, steps)} in full"
+    if rule.indicator is not None:
+        since = "since the last full step" if rule.accumulated else "within one step"
+        return [
+            f"{protected}; another one as soon as {_INDICATOR[rule.indicator]} changed by "
+            f"{number(rule.threshold)} {since}, or after {rule.interval_max} steps; "
+            f"the rest reuse {reused}{pick}.",
+        ]
     return [
-        f"What to reuse is decided while it runs. {_protected(rule, steps)} in full; of the others "
-        f"one in {rule.interval_init} at first, and down to one in {rule.interval_max} while "
-        "little changes.",
+        f"{protected}; of the others one in {rule.interval_init} at first, and down to one in "
+        f"{rule.interval_max} while little changes.",
         f"More are computed when reuse would have changed a full step by more than "
         f"{number(rule.delta2)}, fewer below {number(rule.delta1_ratio * rule.delta2)}; "
         f"the rest reuse {reused}{pick}.",
@@ -194,7 +212,8 @@ def _span(cache: MaskCache | RuleCache) -> str:
 
 
 def _payload(payload: Payload) -> str:
-    what = "output" if payload.form == "output" else "hidden state"
+    one, several = _FORM[payload.form]
     if payload.order == 0:
-        return f"What is left out repeats the last {what}."
-    return f"What is left out is continued in a line through the last two {what}s."
+        return f"What is left out repeats the last {one}."
+    curve, known = ("line", "two") if payload.order == 1 else ("parabola", "three")
+    return f"What is left out is continued in a {curve} through the last {known} {several}."

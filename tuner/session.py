@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -23,6 +23,7 @@ from ditune.db.records import (
     Trial,
 )
 from ditune.db.store import Store
+from ditune.profiler.impact import impacts
 from ditune.profiler.record import Recorded, record
 from ditune.tuner.confirm import Confirmation, confirm
 from ditune.tuner.evaluate import Case, Evaluator, cases_of
@@ -148,7 +149,7 @@ class Session:
 
     def _profile(self) -> Recorded:
         options = self.options
-        total = 2 * options.profile_prompts + 2
+        total = 2 * options.profile_prompts + 3
         done = -1
 
         def note(words: str) -> None:
@@ -164,9 +165,15 @@ class Session:
             seed=_SEARCH_SEED,
             progress=note,
         )
+        known = self.store.impacts(recorded.profile.workload)
+        if known is None:
+            note("measuring what errors do")
+            prompt, call = self.source.calibration[0], self.source.call
+            known = impacts(self.source.pipe, prompt, call=call, seed=_SEARCH_SEED)
+        found = recorded.profile.model_copy(update={"impacts": known})
         self.progress.update("profile", total, total, "done")
-        self.store.save_profile(recorded.profile)
-        return recorded
+        self.store.save_profile(found)
+        return replace(recorded, profile=found)
 
     def _may_hand_off(self) -> bool:
         """Whether the hand-off belongs into the space; says so when it does not."""

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from optuna.distributions import (
     BaseDistribution,
@@ -21,7 +21,15 @@ from optuna.distributions import (
 )
 
 from ditune.db.digest import digest_bytes
-from ditune.db.records import Handoff, MaskCache, Payload, Policy, Profile, RuleCache
+from ditune.db.records import (
+    Handoff,
+    Indicator,
+    MaskCache,
+    Payload,
+    Policy,
+    Profile,
+    RuleCache,
+)
 from ditune.profiler.trajectory import Trajectory
 from ditune.tuner.masks import densities, mask, place
 from ditune.tuner.schedule import StepSchedules
@@ -29,6 +37,7 @@ from ditune.tuner.schedule import StepSchedules
 Parameters = Mapping[str, float | int | str]
 _COMPUTE_MIN = 0.05  # as a fraction of the steps
 _BLOCK = re.compile(r"transformer\.\w+\.\d+$")  # how a profile names the blocks of the denoiser
+_INTERVALS = "intervals"  # no indicator: MixCache's own trigger
 _HANDOFF_LATEST = 1.0  # as a fraction of the steps: never
 
 
@@ -59,6 +68,12 @@ class Space:
         self._density = densities(profile.redundancy, self.steps)
         self._sigmas = [step.sigma for step in profile.redundancy]
         self._typical_change = _typical(profile)
+        found = profile.impacts
+        self._impacts = {
+            f"impact_{name}": value
+            for name, value in (found.model_dump() if found is not None else {}).items()
+            if value is not None
+        }
         fitting = [t for t in trajectories if t.steps == self.steps]
         self._schedules = StepSchedules(fitting) if fitting else None
         front = max(1, self.depth // 2)
@@ -74,6 +89,8 @@ class Space:
             "delta2": FloatDistribution(0.005, 0.5, log=True),
             "delta1_ratio": FloatDistribution(0.2, 0.9),
             "interval_max": IntDistribution(2, 8),
+            "indicator": CategoricalDistribution([_INTERVALS, *get_args(Indicator)]),
+            "threshold": FloatDistribution(0.01, 2.0, log=True),
         }
         if self._schedules is not None:
             self.distributions["tilt"] = FloatDistribution(-3.0, 1.0)
@@ -81,6 +98,7 @@ class Space:
             self.distributions["density_power"] = FloatDistribution(0.0, 1.5)
         if self.guidance:
             self.distributions["cfg_share"] = FloatDistribution(0.0, 0.6)
+            self.distributions["cfg_form"] = CategoricalDistribution(["delta", "fft_delta"])
         if handoff:
             self.distributions["handoff_frac"] = FloatDistribution(0.06, _HANDOFF_LATEST)
 
@@ -136,6 +154,9 @@ class Space:
             "delta2": 0.1,
             "delta1_ratio": 0.4,
             "interval_max": 6,
+            "indicator": _INTERVALS,
+            "threshold": 0.2,
+            "cfg_form": "delta",
             "handoff_frac": _HANDOFF_LATEST,
         }
         point = {**neutral, **chosen}
@@ -164,6 +185,7 @@ class Space:
         )
 
     def _rule(self, point: Parameters) -> RuleCache:
+        indicators: dict[object, Indicator] = {name: name for name in get_args(Indicator)}
         return RuleCache(
             warmup_frac=float(point["warmup_frac"]),
             cooldown_steps=int(point["cooldown_steps"]),
@@ -173,6 +195,9 @@ class Space:
             allowed=("step", "cfg", "block") if self.guidance else ("step", "block"),
             payload=_payload(point),
             fn_blocks=int(point["fn_blocks"]),
+            indicator=indicators.get(point["indicator"]),
+            threshold=float(point["threshold"]),
+            **self._impacts,
         )
 
     def _handoff(self, share: float) -> Handoff | None:
@@ -187,11 +212,12 @@ class Space:
 
 
 def _payload(point: Parameters) -> Payload:
-    forms: dict[object, Literal["hidden", "latent", "output"]] = {
-        "hidden": "hidden",
-        "latent": "latent",
-    }
-    return Payload(form=forms.get(point["form"], "output"), order=int(point["order"]))
+    forms: dict[object, Literal["hidden", "latent"]] = {"hidden": "hidden", "latent": "latent"}
+    return Payload(
+        form=forms.get(point["form"], "output"),
+        order=int(point["order"]),
+        cfg_form="fft_delta" if point.get("cfg_form") == "fft_delta" else "delta",
+    )
 
 
 def _typical(profile: Profile) -> float:

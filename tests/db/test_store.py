@@ -22,7 +22,7 @@ from sqlalchemy.pool import NullPool, Pool
 
 from ditune.db import engine as engines
 from ditune.db.errors import CorruptData, DituneError, StoreFault, UsageFault
-from ditune.db.records import PolicyFile, Profile, Study, Trial
+from ditune.db.records import Impacts, PolicyFile, Profile, Study, Trial
 from ditune.db.store import Store
 
 MakeFile = Callable[..., PolicyFile]
@@ -170,6 +170,16 @@ def test_the_newest_profile_counts(store: Store, profile: Profile) -> None:
     newer = profile.model_copy(update={"total_ms": 3.0})
     store.save_profile(newer)
     assert newer == store.profile(profile.hardware, profile.workload)
+
+
+def test_impacts_serve_every_hardware(store: Store, profile: Profile) -> None:
+    assert store.impacts(profile.workload) is None
+    found = Impacts(step=1.0, cfg=0.5, block=0.1)
+    store.save_profile(profile.model_copy(update={"impacts": found}))
+    store.save_profile(profile)  # a later one that measured none
+    assert store.impacts(profile.workload) == found
+    other = profile.workload.model_copy(update={"steps": 1 + profile.workload.steps})
+    assert store.impacts(other) is None
 
 
 def test_files_lie_under_their_content_address(store: Store, tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
-from ditune.db.records import Handoff, MaskCache, Payload, Policy, RuleCache
+from ditune.db.records import Handoff, Indicator, MaskCache, Payload, Policy, RuleCache
 from ditune.reports import words
 
 
@@ -104,3 +106,16 @@ def test_shortened() -> None:
 )
 def test_numbers(value: float, expected: str) -> None:
     assert expected == words.number(value)
+
+
+def test_every_indicator_form_and_order_has_its_words() -> None:
+    for indicator in get_args(Indicator):
+        rule = RuleCache(indicator=indicator, threshold=0.3, accumulated=False, interval_max=5)
+        said = words.policy_in_words(Policy(cache=rule))
+        assert "changed by 0.3 within one step, or after 5 steps" in said
+        whole = "the whole step" in said  # blocks that have run are no whole step
+        assert whole == (indicator != "first_block")
+        assert f"rule: {indicator} 0.3, at most 5" in words.policy_in_brief(Policy(cache=rule))
+    mask = MaskCache(actions=("full", "step"), payload=Payload(form="latent", order=2))
+    said = words.policy_in_words(Policy(cache=mask))
+    assert "in a parabola through the last three differences from the input" in said
