@@ -75,5 +75,5 @@ $(BASE): pyproject.toml constraints.txt | $(BIN)/pip
 
 $(DEV): pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing ditune with its development tools into .venv (once; some minutes) ..."
-	@$(INSTALL) -e '.[dev,postgres]' | $(TERSE)
+	@$(INSTALL) -e '.[dev,peers,postgres]' | $(TERSE)
 	@touch $(BASE) $@

@@ -37,7 +37,8 @@ class StepPlan:
         self._action: Action = "full"
         self._used: MixCache | None = None
         self._shape: torch.Size | None = None
-        self._before: Tensor | None = None  # the indicator one step ago
+        self._adds_up = isinstance(cache, RuleCache) and cache.accumulated
+        self._before: Tensor | None = None  # what the indicator is compared with
         self._off = False
 
     def action(
@@ -74,6 +75,8 @@ class StepPlan:
         if self._action != "full" and self._reused() >= self._most(place.steps):
             self._trip(f"{self._reused()} of {place.steps} steps were reused, more than allowed")
             self._action = "full"
+        if self._action == "full" or self._adds_up:
+            self._before = signal
         self._tally.actions[self._action] += 1
         return self._action
 
@@ -84,7 +87,7 @@ class StepPlan:
             return None, None
         if self._used is not None and self._action == "full":
             signals |= self._used.signals()
-        before, self._before = self._before, signal
+        before = self._before
         if signal is not None and before is not None and signal.shape == before.shape:
             signals[_CHANGE] = relative_l1(signal, before)
         if not signals:
@@ -108,7 +111,7 @@ class StepPlan:
         steps = sum(self._tally.actions.values())
         asks = not isinstance(self._cache, MaskCache) or set(self._cache.actions) != {"full"}
         if asks and steps > 1 and not self._reused() and not self._tally.trips:
-            self._trip(f"the policy is inert: none of {steps} steps was reused")
+            self._report(f"the policy is inert: none of {steps} steps was reused")
 
     def _reused(self) -> int:
         return sum(count for action, count in self._tally.actions.items() if action != "full")
@@ -117,9 +120,11 @@ class StepPlan:
         return self._cache.reuse_max * steps if isinstance(self._cache, RuleCache) else steps
 
     def _trip(self, reason: str) -> None:
-        """Note a reason once and compute everything for the rest of the call."""
+        """Compute everything for the rest of the call."""
         self._off = True
-        sentence = f"{reason}; caching is off for the rest of this call"
+        self._report(f"{reason}; caching is off for the rest of this call")
+
+    def _report(self, sentence: str) -> None:
         if sentence not in self._tally.trips:
             self._tally.trips.append(sentence)
             _log.warning("ditune: %s", sentence)

@@ -36,7 +36,8 @@ class Trigger(Protocol):
     def decide(self, step: int, change: float | None = None) -> Action:
         """Return what to do at a step; called once per step, in order.
 
-        `change` is how much the indicator moved since the step before, None if nothing measured it.
+        `change` is how much the indicator moved: since the step before where changes are added up,
+        else since the last full step; None if nothing measured it.
         """
 
     def observe(self, step: int, measured: Measured | None) -> None:

@@ -11,12 +11,13 @@ import argparse
 from pathlib import Path
 
 from benchmarks.rows import Benchmark, Row, main
-from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
 
+from ditune.cli.sources import quieten_libraries
 from ditune.db.comparison import Comparison, Standing
 from ditune.db.files import write_atomically
 from ditune.miniature.system import MiniatureSource
+from ditune.reports import rivals
 from ditune.tuner.bench import Bench, Options
 from ditune.tuner.quality import parse_constraints
 
@@ -28,9 +29,8 @@ _OUT = Path("bench-out")
 
 def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
     """Compare on the miniature in its reference setting."""
-    diffusers_logging.set_verbosity_error()
+    quieten_libraries()
     source = MiniatureSource()
-    source.pipe.set_progress_bar_config(disable=True)
     folder = _OUT / ("peers-quick" if arguments.quick else "peers")
     folder.mkdir(parents=True, exist_ok=True)
     means = _MEANS[:1] if arguments.quick else _MEANS
@@ -43,6 +43,7 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
     write_atomically(
         folder / "comparison.json", comparison.model_dump_json(indent=2).encode() + b"\n"
     )
+    rivals.write(comparison, folder / "comparison.html")
     _add(benchmark, comparison)
 
 

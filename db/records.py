@@ -220,7 +220,7 @@ class RuleCache(Record):
     bn_blocks: Count = 0
     indicator: Indicator | None = None  # None: MixCache's own intervals
     threshold: Annotated[float, Field(gt=0, le=100)] = 0.25  # change at which a step is computed
-    accumulated: bool = True  # since the last full step; False: of one step
+    accumulated: bool = True  # added up step by step; False: against the last full step
     reuse_max: Fraction = 0.9  # of the steps; more is a runaway and ends caching for the call
 
     @property

@@ -72,7 +72,8 @@ def _transform(out: Tensor, *_: Any, **__: Any) -> int:
 def _written(func: Any, out: Tensor, args: tuple[Any, ...]) -> int:
     """Return how many values a function wrote: none if it shows its first argument otherwise."""
     first = args[0] if args else None
-    in_place = getattr(func, "__name__", "").endswith("_")
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
     if in_place or not isinstance(first, Tensor):
         return out.numel()
     seen = out.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()

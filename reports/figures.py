@@ -68,9 +68,9 @@ def parts(gathered: Layers) -> Figure:
         hovertext=[_layer_hover(part) for part in found],
         hoverinfo="text",
     )
-    layout = _layout("median per call, ms", "", height=90 + _ROW_PX * len(found))
+    layout = plot_layout("median per call, ms", "", height=90 + _ROW_PX * len(found))
     layout["yaxis"] |= {"showgrid": False, "automargin": True}
-    return _figure([bar], layout)
+    return drawing([bar], layout)
 
 
 def blocks(gathered: Layers) -> Figure:
@@ -89,8 +89,8 @@ def blocks(gathered: Layers) -> Figure:
                 hoverinfo="text",
             )
         )
-    layout = _layout("block", "median per call, ms", height=320)
-    return _figure(traces, layout | {"barmode": "group", "showlegend": len(traces) > 1})
+    layout = plot_layout("block", "median per call, ms", height=320)
+    return drawing(traces, layout | {"barmode": "group", "showlegend": len(traces) > 1})
 
 
 def redundancy(gathered: Redundancy, cells: Sequence[StripCell]) -> Figure:
@@ -118,7 +118,7 @@ def redundancy(gathered: Redundancy, cells: Sequence[StripCell]) -> Figure:
                 hovertemplate="step %{x}: the models differ by %{y:.3g}<extra></extra>",
             )
         )
-    layout = _layout("denoising step", "relative change", height=400)
+    layout = plot_layout("denoising step", "relative change", height=400)
     layout["yaxis"] |= {"rangemode": "tozero"}
     layout["xaxis"] |= {"range": [0.3, max(gathered.steps) + 0.7]}
     if cells:
@@ -128,7 +128,7 @@ def redundancy(gathered: Redundancy, cells: Sequence[StripCell]) -> Figure:
         hidden = {"showgrid": False, "showticklabels": False, "zeroline": False, "fixedrange": True}
         title = {"text": "policy", "standoff": 18}
         layout["yaxis2"] = {"domain": [0.0, 0.17], "range": [0, 1], "title": title, **hidden}
-    return _figure(traces, layout | {"barmode": "overlay"})
+    return drawing(traces, layout | {"barmode": "overlay"})
 
 
 def trials(gathered: Scatter) -> Figure:
@@ -144,7 +144,7 @@ def trials(gathered: Scatter) -> Figure:
     traces += _chosen_marks(gathered, high)
     unit = unit_of(constraint)
     axis = label(metric_label(constraint)) + (f", {unit}" if unit else "")
-    layout = _layout("speedup against the plain pipeline", axis, height=460)
+    layout = plot_layout("speedup against the plain pipeline", axis, height=460)
     layout["xaxis"] |= {"ticksuffix": "x"}
     layout["yaxis"] |= {"range": [low, high]}
     layout["shapes"] = [
@@ -161,10 +161,10 @@ def trials(gathered: Scatter) -> Figure:
             "showarrow": False,
         }
     ]  # fmt: skip
-    return _figure(traces, layout)
+    return drawing(traces, layout)
 
 
-def _figure(traces: list[Any], layout: dict[str, Any]) -> Figure:
+def drawing(traces: list[Any], layout: dict[str, Any]) -> Figure:
     """Return plain JSON, checked by plotly against its own schema."""
     # without this plotly adds a template with colours of its own, 7 KB per figure
     figure = go.Figure(data=traces, layout={"template": "none", **layout})
@@ -173,7 +173,8 @@ def _figure(traces: list[Any], layout: dict[str, Any]) -> Figure:
     return drawn
 
 
-def _layout(x_title: str, y_title: str, *, height: int) -> dict[str, Any]:
+def plot_layout(x_title: str, y_title: str, *, height: int) -> dict[str, Any]:
+    """Return what all charts look like: two axes, a grid, a legend above."""
     axis = {"gridcolor": "var(--rule)", "linecolor": "var(--rule)", "zerolinecolor": "var(--rule)"}
     return {
         "height": height,

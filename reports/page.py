@@ -1,37 +1,18 @@
-"""The page: one self-contained HTML file that needs no network and runs no script but its own.
-
-Prompts and names are foreign text. Jinja escapes them, `words.visible` spells out what would act in
-them, charts get them as JSON, and the content security policy forbids every other script.
-"""
+"""The page of one study: its result, its policy, its proof, and the conditions of all three."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
-from ditune import __version__
 from ditune.db.files import write_atomically
 from ditune.db.records import MaskCache, Policy
 from ditune.reports import charts, gather, summary, words
 from ditune.reports.clip import shown_clips
 from ditune.reports.content import ReportContent
+from ditune.reports.document import document
 from ditune.reports.figures import ACTION_HEIGHT
 from ditune.reports.frames import shown_strips
-
-_TEMPLATES = Path(__file__).parent / "templates"
-_SCRIPTS = ("plotly-cartesian.min.js", "page.js")
-_PLOT_CONFIG = {  # plotly's default shows a button that uploads the chart
-    "showSendToCloud": False,
-    "displaylogo": False,
-    "displayModeBar": False,
-    "responsive": True,
-}
-_PROMPT_LIMIT = 600
 
 
 def render(content: ReportContent) -> str:
@@ -40,19 +21,8 @@ def render(content: ReportContent) -> str:
     Args:
         content: Records and frames; every text in them is taken for hostile.
     """
-    scripts = [_asset(name) for name in _SCRIPTS]
-    drawn = charts.charts(content)
-    template = _environment().get_template("page.html")
-    return template.render(
-        csp=_security_policy(scripts),
-        style=Markup(_asset("page.css")),
-        scripts=[Markup(script) for script in scripts],
-        plots={"config": _PLOT_CONFIG, "figures": {k: c.figure for k, c in drawn.items()}},
-        charts=drawn,
-        version=__version__,
-        **_result(content),
-        **_evidence(content),
-    )
+    shown = {**_result(content), **_evidence(content)}
+    return document("page.html", charts.charts(content), **shown)
 
 
 def write(content: ReportContent, path: Path) -> None:
@@ -117,44 +87,3 @@ def _legend(policy: Policy | None) -> list[tuple[str, str]]:
         return []
     counts = words.action_counts(policy.cache)
     return [(a, words.counted_action(a, count)) for a, count in counts.items() if count]
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_readable,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "factor": words.factor,
-        "interval": words.interval,
-        "number": words.number,
-        "duration": words.duration,
-        "prompt": lambda text: words.shortened(text, _PROMPT_LIMIT),
-        "brief": lambda text: words.shortened(text, 120),
-    }
-    return environment
-
-
-def _readable(value: object) -> object:
-    """Spell out control and reordering characters in every text that a template puts in."""
-    if isinstance(value, str) and not isinstance(value, Markup):
-        return words.visible(value)
-    return value
-
-
-def _asset(name: str) -> str:
-    """Return a file of the templates folder, with plain newlines as browsers hash them."""
-    return (_TEMPLATES / name).read_text(encoding="utf-8")
-
-
-def _security_policy(scripts: list[str]) -> str:
-    hashes = (base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts)
-    allowed = " ".join(f"'sha256-{found}'" for found in hashes)
-    return (
-        "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; media-src data:; "
-        f"style-src 'unsafe-inline'; script-src {allowed}"
-    )

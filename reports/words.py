@@ -179,7 +179,7 @@ def _rule(rule: RuleCache, steps: int | None) -> list[str]:
     pick = ", whichever has changed least" if len(rule.granularities) > 1 else ""
     protected = f"What to reuse is decided while it runs. {_protected(rule, steps)} in full"
     if rule.indicator is not None:
-        since = "since the last full step" if rule.accumulated else "within one step"
+        since = "added up from step to step" if rule.accumulated else "since the last full step"
         return [
             f"{protected}; another one as soon as {_INDICATOR[rule.indicator]} changed by "
             f"{number(rule.threshold)} {since}, or after {rule.interval_max} steps; "

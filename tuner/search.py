@@ -20,10 +20,10 @@ from optuna.trial import TrialState
 
 from ditune.db.records import Constraint, Policy, Trial
 from ditune.profiler.statistics import mean_lower_bound, paired_speedup
-from ditune.tuner.budgets import next_budget
+from ditune.tuner.budgets import bracket, next_budget
 from ditune.tuner.evaluate import Case, Evaluator, Outcome
 from ditune.tuner.quality import summarise
-from ditune.tuner.space import Proposal, Space
+from ditune.tuner.space import TILTS, Proposal, Space
 
 SEARCH_PAIRS = 1  # interleaved pairs per trial; confirmation takes one per prompt
 _STARTUP_TRIALS = 8
@@ -119,12 +119,24 @@ class Search:
         return trial
 
     def _propose(self, done: Sequence[Trial]) -> None:
-        """Queue the profile's next mask, unless something waits already or enough is known."""
+        """Queue the profile's next mask, unless something waits already or enough is known.
+
+        Where the bracket is closed, one step less may still hold with its steps placed otherwise.
+        """
         if self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             return
-        budget = next_budget(done, self.space.fewest, self.space.steps)
+        fewest, steps = self.space.fewest, self.space.steps
+        budget = next_budget(done, fewest, steps)
         if budget is not None:
             self._enqueue(self.space.prior(budget))
+            return
+        below = bracket(done, fewest, steps).held - 1
+        tried = {trial.policy.id for trial in done}
+        for tilt in TILTS if below >= fewest else ():
+            proposal = self.space.prior(below, tilt)
+            if self.space.policy(proposal.parameters).id not in tried:
+                self._enqueue(proposal)
+                return
 
     def _enqueue(self, proposal: Proposal) -> None:
         self.study.enqueue_trial(proposal.parameters, user_attrs={"source": proposal.source})

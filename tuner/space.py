@@ -37,6 +37,7 @@ from ditune.tuner.schedule import StepSchedules
 Parameters = Mapping[str, float | int | str]
 _COMPUTE_MIN = 0.05  # as a fraction of the steps
 _BLOCK = re.compile(r"transformer\.\w+\.\d+$")  # how a profile names the blocks of the denoiser
+TILTS = (-1.0, -2.0, 0.0)  # what masks try in turn: an error made early grows, more or less
 _INTERVALS = "intervals"  # no indicator: MixCache's own trigger
 _HANDOFF_LATEST = 1.0  # as a fraction of the steps: never
 
@@ -127,9 +128,9 @@ class Space:
         )
         return [Proposal("baseline", plain), Proposal("default", paper)]
 
-    def prior(self, budget: int) -> Proposal:
+    def prior(self, budget: int, tilt: float = TILTS[0]) -> Proposal:
         """Return the mask that the profile suggests for a number of computed steps."""
-        return Proposal("prior", self._point(compute_frac=budget / self.steps))
+        return Proposal("prior", self._point(compute_frac=budget / self.steps, tilt=tilt))
 
     @property
     def fewest(self) -> int:
@@ -145,7 +146,7 @@ class Space:
             "warmup_frac": 0.1,
             "cooldown_steps": 1,
             "density_power": 0.5,
-            "tilt": -1.0,  # an error made early grows; measured on the miniature
+            "tilt": TILTS[0],
             "block_share": 0.0,
             "cfg_share": 0.0,
             "order": 1,

@@ -37,9 +37,10 @@ def test_an_indicator_reuses_more_the_higher_its_threshold(
     assert reused[2] == 8  # two full steps, then three of four are reused
 
 
-def test_one_step_is_compared_or_all_since_the_last_full_one(
+def test_changes_are_added_up_or_taken_since_the_last_full_step(
     pipe: WanPipeline, generate: Generate
 ) -> None:
+    """Random embeddings are all equally far apart: only sums of their changes grow."""
     full = {}
     for accumulated in (True, False):
         policy = rule(indicator="timestep", threshold=1.2, accumulated=accumulated, interval_max=8)

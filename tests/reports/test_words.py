@@ -112,7 +112,7 @@ def test_every_indicator_form_and_order_has_its_words() -> None:
     for indicator in get_args(Indicator):
         rule = RuleCache(indicator=indicator, threshold=0.3, accumulated=False, interval_max=5)
         said = words.policy_in_words(Policy(cache=rule))
-        assert "changed by 0.3 within one step, or after 5 steps" in said
+        assert "changed by 0.3 since the last full step, or after 5 steps" in said
         whole = "the whole step" in said  # blocks that have run are no whole step
         assert whole == (indicator != "first_block")
         assert f"rule: {indicator} 0.3, at most 5" in words.policy_in_brief(Policy(cache=rule))

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditune.db.records import Action, MaskCache, Policy, RuleCache, Trial
-from ditune.tuner.budgets import next_budget
+from ditune.tuner.budgets import bracket, next_budget
 
 
 def tried(computed: int, steps: int, *, holds: bool, source: str = "prior") -> Trial:
@@ -45,3 +45,11 @@ def test_other_trials_do_not_move_the_bracket() -> None:
     rule = tried(9, 50, holds=True).model_copy(update={"policy": Policy(cache=RuleCache())})
     sampled = tried(5, 50, holds=True, source="search")
     assert next_budget([rule, sampled], 4, 50) == next_budget([], 4, 50)
+
+
+def test_a_count_that_held_once_has_not_missed() -> None:
+    """Another placement of the same number of steps may hold."""
+    trials = [tried(12, 50, holds=True), tried(11, 50, holds=False)]
+    assert next_budget(trials, 11, 50) is None
+    found = bracket([*trials, tried(11, 50, holds=True)], 4, 50)
+    assert (found.held, found.missed) == (11, 3)

@@ -8,24 +8,28 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+from ditune.accel.anatomy import denoisers
+from ditune.accel.spans import BlockStack
 from ditune.db.errors import UsageFault
 from ditune.tuner.peers.contract import Setting
 from ditune.tuner.source import Source
 
 _THRESHOLDS = (0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.35)
-_FRONT = (1, 8)
+_FRONT = 8  # front blocks that always run, cache-dit's default; fewer in shallow models
 _WARMUP = 4
 _PERIODS = (2, 3, 4, 5, 6, 8)
 
 
 def thresholds(source: Source) -> list[Setting]:
     """Return DBCache with its threshold and its front blocks swept."""
+    depth = len(BlockStack(denoisers(source.pipe)[0]))
+    fronts = (1, max(2, min(_FRONT, depth // 2)))
     return [
         Setting(
             f"F{front}, threshold {t:g}",
             partial(_on, config={"Fn_compute_blocks": front, "residual_diff_threshold": t}),
         )
-        for front, t in product(_FRONT, _THRESHOLDS)
+        for front, t in product(fronts, _THRESHOLDS)
     ]
 
 

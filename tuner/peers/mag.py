@@ -16,7 +16,7 @@ from ditune.db.errors import UsageFault
 from ditune.tuner.peers.contract import Setting, cached
 from ditune.tuner.source import Source
 
-_THRESHOLDS = (0.02, 0.04, 0.06, 0.09, 0.12, 0.18, 0.24, 0.36)
+_THRESHOLDS = (0.003, 0.006, 0.01, 0.02, 0.04, 0.06, 0.12, 0.24)
 _LONGEST = (2, 4)
 _RETAINED = 0.2
 _NUMBERS = re.compile(r"^\[[\d.][^\]]*\]", re.MULTILINE)

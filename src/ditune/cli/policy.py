@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -77,13 +77,27 @@ def verify(file: File, json_output: sources.Json = False) -> None:
 
 
 @app.command("export")
-def export(policy_id: Id, file: File, db: sources.Database = None) -> None:
-    """Write one stored policy to a file."""
+def export(
+    policy_id: Id,
+    file: File,
+    to: Annotated[
+        Literal["ditune", "cache-dit", "diffusers"],
+        typer.Option("--to", help="For ditune itself, cache-dit (YAML) or diffusers (Python)."),
+    ] = "ditune",
+    db: sources.Database = None,
+) -> None:
+    """Write one stored policy to a file; another tool gets it only if it can do the same."""
+    from ditune.accel.export import WRITERS
     from ditune.db import policy_file
+    from ditune.db.files import write_atomically
     from ditune.db.store import Store
 
     with Store.open(sources.database_url(db)) as store:
-        policy_file.write(store.policy(policy_id), file)
+        found = store.policy(policy_id)
+    if to == "ditune":
+        policy_file.write(found, file)
+    else:
+        write_atomically(file, WRITERS[to](found.policy).encode())
     Console().print(f"wrote {escape(str(file))}")
 
 

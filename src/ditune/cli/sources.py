@@ -48,6 +48,7 @@ def quieten_libraries() -> None:
     Hub access stays as the user set it; remote code is never run.
     """
     os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
