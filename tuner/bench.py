@@ -26,7 +26,7 @@ from ditune.tuner.measurements import Measurement, Measurements
 from ditune.tuner.peers import ours
 from ditune.tuner.peers.catalogue import PEERS
 from ditune.tuner.peers.contract import Setting
-from ditune.tuner.quality import metrics, summarise
+from ditune.tuner.quality import metrics, summarise, values_of
 from ditune.tuner.search import Budget, hopeless, now, violations
 from ditune.tuner.source import Source
 
@@ -95,8 +95,7 @@ class Bench:
         self.folder = folder
         self.options = options or Options()
         self.progress = progress
-        evaluator = Evaluator(source, _scored(self.floors))
-        self._runs = Runs(evaluator, Measurements(folder / "measurements.jsonl"))
+        self._log = Measurements(folder / "measurements.jsonl")
         held, count = source.held_out, self.options
         self._calibration = cases_of(source.calibration, count.calibration, _CALIBRATION_SEED)
         self._confirmation = cases_of(held, count.confirmation, _CONFIRMATION_SEED)
@@ -111,6 +110,7 @@ class Bench:
         """
         if unknown := [name for name in names if name not in PEERS]:
             raise UsageFault(f"unknown peers {unknown}: known are {', '.join(PEERS)}")
+        self._runs = Runs(Evaluator(self.source, self._scored()), self._log)
         peers = [self._sweep(name) for name in names]
         recorded = ours.profiled(self.source)
         chosen: list[dict[str, _Chosen]] = []
@@ -139,6 +139,22 @@ class Bench:
             ),
             created_at=now(),
         )
+
+    def _scored(self) -> Floors:
+        """Return the floors, and something to score by for every other metric that can be used."""
+        bounded = {c.metric: c for each in self.floors for c in each}
+        first = self._calibration[0]
+        video = Evaluator(self.source, tuple(bounded.values())).plain(first)
+        found = list(bounded.values())
+        for name in metrics():
+            unbounded = Constraint(metric=name, statistic="mean", floor=0.0)
+            try:
+                values_of([unbounded], video, video, first.prompt)
+            except UsageFault:  # a judge of other prompts
+                continue
+            if name not in bounded:
+                found.append(unbounded)
+        return tuple(found)
 
     # --- sweep ---------------------------------------------------------------------------------
 
@@ -318,16 +334,6 @@ class Bench:
             best_by_speed=by_speed,
             speed=speed[by_speed],
         )
-
-
-def _scored(floors: Sequence[Floors]) -> Floors:
-    """Return the floors and, for metrics that they leave out, something to score them by."""
-    bounded = {c.metric: c for each in floors for c in each}
-    others = [name for name in metrics() if name not in bounded]
-    return (
-        *bounded.values(),
-        *(Constraint(metric=name, statistic="mean", floor=0.0) for name in others),
-    )
 
 
 def _quality(found: Sequence[Measurement]) -> dict[str, Quality]:
