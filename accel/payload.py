@@ -17,6 +17,11 @@ def relative_l1(now: Tensor, then: Tensor) -> Tensor:
     return (now.float() - then.float()).abs().mean() / scale
 
 
+def byte_count(tensor: Tensor) -> int:
+    """Return the memory that a tensor's values take."""
+    return tensor.numel() * tensor.element_size()
+
+
 def taylor_weights(steps: Sequence[int], step: int) -> list[float]:
     """Return the weight of each known step in the polynomial through them, taken at another step.
 
@@ -75,7 +80,7 @@ class History:
     @property
     def byte_count(self) -> int:
         """Memory held by the values."""
-        return sum(t.numel() * t.element_size() for value in self.values for t in value)
+        return sum(byte_count(tensor) for value in self.values for tensor in value)
 
 
 def amplified(delta: Tensor, low: float, high: float) -> Tensor:

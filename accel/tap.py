@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ditune.accel.anatomy import denoisers
 from ditune.accel.internals import ForwardHook, Output, attach, detach, latents_of
+from ditune.accel.payload import byte_count
 from ditune.accel.spans import BlockStack
 
 TAP_NAME = "ditune_tap"
@@ -31,6 +32,7 @@ class Observation:
     output: Tensor
     span: Tensor | None
     sibling: Tensor | None
+    span_bytes: int = 0  # of everything that flows through the span, 0 if nothing is known
 
 
 class _Tap(ForwardHook):
@@ -56,6 +58,7 @@ class _Tap(ForwardHook):
                 latents=latents_of(args, kwargs),
                 output=Output.of(output).sample,
                 span=residual[0] if residual else None,
+                span_bytes=sum(byte_count(tensor) for tensor in residual or ()),
                 sibling=Output.of(self._small(*args, **kwargs)).sample if self._small else None,
             )
         )

@@ -127,17 +127,22 @@ class StepRedundancy(Record):
 
 
 class Impacts(Record):
-    """How much an error of each granularity matters to the result, the largest 1.
+    """How much an error of each granularity matters, the largest 1; see `profiler/impact.py`.
 
-    The relative change of the final latents per relative error that was put in at one step: of the
-    output (step), of the unconditional output relative to the conditional one (cfg), and of the
-    block span's residual (block). None where the model has no such granularity. They belong to
-    model and schedule, not to the hardware.
+    None where the model has no such granularity. They belong to the model, not to the hardware.
     """
 
     step: Annotated[float, Field(gt=0, le=1)]
     cfg: Annotated[float, Field(gt=0, le=1)] | None
     block: Annotated[float, Field(gt=0, le=1)] | None
+
+
+class ForwardBytes(Record):
+    """The size of one branch of one forward: what caches hold copies of."""
+
+    output: Count
+    hidden: Count  # of everything that flows from block to block
+    branches: Positive
 
 
 class Clocks(Record):
@@ -163,6 +168,7 @@ class Profile(Record):
     peak_bytes: Count | None
     clocks: Clocks | None
     impacts: Impacts | None = None
+    forward_bytes: ForwardBytes | None = None
     status: Status = "measured"
 
 

@@ -110,5 +110,6 @@ def record(
         disagreement=redundancy.disagreement(),
         peak_bytes=peak,
         clocks=None,
+        forward_bytes=redundancy.forward_bytes(),
     )
     return Recorded(found, trajectories.trajectories())

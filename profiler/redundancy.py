@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ditune.accel.mixcache import COND, UNCOND
-from ditune.accel.payload import relative_l1
+from ditune.accel.mixcache import BATCHED, COND, UNCOND
+from ditune.accel.payload import byte_count, relative_l1
 from ditune.accel.tap import Observation
-from ditune.db.records import StepRedundancy
+from ditune.db.records import ForwardBytes, StepRedundancy
 
 
 @dataclass
@@ -36,9 +36,11 @@ class Redundancy:
         self._changes: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         self._sigmas: dict[int, float | None] = {}
         self._count = 0
+        self._sizes: dict[str, tuple[int, int]] = {}  # output and hidden state of each branch
 
     def watch(self, seen: Observation) -> None:
         """Take one forward; compares it with the same branch one step before."""
+        self._sizes[seen.branch] = (byte_count(seen.output), seen.span_bytes)
         first = seen.branch not in (UNCOND,)
         if first:
             self._close()
@@ -66,6 +68,15 @@ class Redundancy:
             )
             for index in sorted(self._sigmas)
         )
+
+    def forward_bytes(self) -> ForwardBytes | None:
+        """Return the sizes of one branch of a forward, None before any was seen."""
+        if not self._sizes:
+            return None
+        output, hidden = next(iter(self._sizes.values()))
+        if BATCHED in self._sizes:
+            return ForwardBytes(output=output // 2, hidden=hidden // 2, branches=2)
+        return ForwardBytes(output=output, hidden=hidden, branches=len(self._sizes))
 
     def disagreement(self) -> tuple[float, ...] | None:
         """Return q_k: relative L2 distance of the small model's guided output, mean per step."""

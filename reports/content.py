@@ -53,6 +53,7 @@ class ReportContent:
         chosen: The policy that held on unseen prompts; None if none did.
         frames: Before and after, a few prompts; may be empty.
         fewer_steps: The baseline of fewer steps; None if it was not run.
+        cache_bytes: What the chosen policy's caches hold; None if that is not known.
     """
 
     study: Study
@@ -61,3 +62,4 @@ class ReportContent:
     chosen: PolicyFile | None
     frames: tuple[FrameStrip, ...] = ()
     fewer_steps: FewerSteps | None = None
+    cache_bytes: int | None = None

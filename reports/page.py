@@ -42,7 +42,6 @@ def write(content: ReportContent, path: Path) -> None:
 def _result(content: ReportContent) -> dict[str, Any]:
     """Return what the first screen says: the result and the policy."""
     chosen = content.chosen
-    steps = content.study.settings.workload.steps
     best = gather.best_seen(content) if chosen is None else None
     policy = chosen.policy if chosen is not None else best.policy if best is not None else None
     return {
@@ -52,12 +51,19 @@ def _result(content: ReportContent) -> dict[str, Any]:
         "chosen": chosen,
         "best": best,
         "best_seen": summary.best_seen_in_words(content),
-        "policy_words": words.policy_in_words(policy, steps) if policy is not None else "",
+        "policy_words": _policy_in_words(policy, content) if policy is not None else "",
         "cells": gather.strip(policy, content.profile) if policy is not None else (),
         "steps_words": summary.steps_in_words(policy, content) if policy is not None else "",
         "legend": _legend(policy),
         "action_height": ACTION_HEIGHT,
     }
+
+
+def _policy_in_words(policy: Policy, content: ReportContent) -> str:
+    said = words.policy_in_words(policy, content.study.settings.workload.steps)
+    if content.cache_bytes is None:
+        return said
+    return f"{said} Its caches hold {words.memory(content.cache_bytes)}."
 
 
 def _evidence(content: ReportContent) -> dict[str, Any]:

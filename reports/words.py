@@ -135,6 +135,14 @@ def interval(found: Interval) -> str:
     return f"{factor(found.ci95[0])} to {factor(found.ci95[1])}"
 
 
+def memory(byte_count: int) -> str:
+    """Return a size in the binary unit that reads best: "512 bytes", "3.2 MiB"."""
+    if byte_count < 2**20:
+        return f"{byte_count / 2**10:.0f} KiB" if byte_count >= 2**10 else f"{byte_count} bytes"
+    unit, name = (2**30, "GiB") if byte_count >= 2**30 else (2**20, "MiB")
+    return f"{byte_count / unit:.1f} {name}"
+
+
 def duration(milliseconds: float) -> str:
     """Return a time in the unit that reads best, three significant digits."""
     if milliseconds >= _LONG_MS:

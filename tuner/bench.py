@@ -108,8 +108,7 @@ class Bench:
         Raises:
             UsageFault: A peer's name is unknown.
         """
-        if unknown := [name for name in names if name not in PEERS]:
-            raise UsageFault(f"unknown peers {unknown}: known are {', '.join(PEERS)}")
+        require_known(names)
         self._runs = Runs(Evaluator(self.source, self._scored()), self._log)
         peers = [self._sweep(name) for name in names]
         recorded = ours.profiled(self.source)
@@ -334,6 +333,16 @@ class Bench:
             best_by_speed=by_speed,
             speed=speed[by_speed],
         )
+
+
+def require_known(names: Sequence[str]) -> None:
+    """Check the names of peers before anything is loaded.
+
+    Raises:
+        UsageFault: One is unknown.
+    """
+    if unknown := [name for name in names if name not in PEERS]:
+        raise UsageFault(f"unknown peers {unknown}: known are {', '.join(PEERS)}")
 
 
 def _quality(found: Sequence[Measurement]) -> dict[str, Quality]:

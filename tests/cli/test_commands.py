@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from tests.db.conftest import EVIDENCE, HARDWARE, SOFTWARE, WORKLOAD
 from typer.testing import CliRunner
 
 from ditune.cli.main import app, main
 from ditune.db.errors import DituneError
+from ditune.db.records import MaskCache, Payload, Policy, PolicyFile
+from ditune.db.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 runner = CliRunner()
@@ -69,6 +72,10 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         (["policy", "verify", "/nowhere.json"], "/nowhere.json cannot be read"),
         (["policy", "show", "abc"], "tune policy list"),
         (["report"], "holds no study yet"),
+        (["bench"], "say what to tune"),
+        (["bench", "--miniature", "--quality", "beauty>=1"], "unknown metric 'beauty'"),
+        (["bench", "--miniature", "--peers", "TeaCash"], "unknown peers ['TeaCash']"),
+        (["bench", "--miniature", "--out", "{file}/out"], "cannot write the measurements"),
     ],
 )
 def test_what_the_caller_must_correct_is_one_sentence_and_exit_2(
@@ -220,3 +227,33 @@ def test_help_loads_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
     )
     assert seen.stdout.strip() == ""
+
+
+def stored(policy: Policy) -> str:
+    """Put a policy into the default database; return its id."""
+    found = PolicyFile(
+        policy_id=policy.id,
+        hardware=HARDWARE,
+        software=SOFTWARE,
+        workload=WORKLOAD,
+        policy=policy,
+        evidence=EVIDENCE,
+    )
+    with Store.open(os.environ["DITUNE_DB"]) as store:
+        store.save_and_activate(found)
+    return found.policy_id
+
+
+def test_a_policy_is_written_for_the_tools_that_can_do_the_same(
+    command: Any, tmp_path: Path
+) -> None:
+    blocks = MaskCache(actions=("full", "full", "block", "full"), payload=Payload(order=0))
+    kept = stored(Policy(cache=blocks))
+    assert command("policy", "export", kept, "ours.json")[0] == 0
+    assert json.loads(Path("ours.json").read_text())["policy_id"] == kept
+    assert command("policy", "export", kept, "theirs.yaml", "--to", "cache-dit")[0] == 0
+    assert "steps_computation_mask: [1, 1, 0, 1]" in Path("theirs.yaml").read_text()
+    code, _, said = command("policy", "export", kept, "theirs.py", "--to", "diffusers")
+    assert code == 2
+    assert "cannot be written for diffusers: only TaylorSeer follows a list" in said
+    assert not Path("theirs.py").exists()

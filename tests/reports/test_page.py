@@ -34,6 +34,7 @@ def text_of(html: str) -> str:
 
 
 def test_summary_says_what_where_how_fast_and_how_good(content: ReportContent) -> None:
+    assert "Its caches hold 1.5 MiB." in page.render(replace(content, cache_bytes=3 * 2**19))
     said = text_of(page.render(content))
     for part in (
         "WanPipeline was tuned on NVIDIA H100 80GB HBM3 (832 \u00d7 480 px, 81 frames, 50 steps).",

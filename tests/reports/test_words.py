@@ -119,3 +119,11 @@ def test_every_indicator_form_and_order_has_its_words() -> None:
     mask = MaskCache(actions=("full", "step"), payload=Payload(form="latent", order=2))
     said = words.policy_in_words(Policy(cache=mask))
     assert "in a parabola through the last three differences from the input" in said
+
+
+@pytest.mark.parametrize(
+    ("byte_count", "said"),
+    [(512, "512 bytes"), (2048, "2 KiB"), (3 * 2**20, "3.0 MiB"), (5 * 2**29, "2.5 GiB")],
+)
+def test_memory_is_said_in_the_unit_that_reads_best(byte_count: int, said: str) -> None:
+    assert said == words.memory(byte_count)

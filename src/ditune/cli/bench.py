@@ -49,7 +49,7 @@ def bench(
     """
     from ditune.db.files import write_atomically
     from ditune.reports import rivals
-    from ditune.tuner.bench import Bench, Options
+    from ditune.tuner.bench import Bench, Options, require_known
     from ditune.tuner.peers.catalogue import PEERS
     from ditune.tuner.quality import parse_constraints
 
@@ -63,6 +63,7 @@ def bench(
     load = sources.source_loader(model, miniature, None, prompts, call)
     floors = [parse_constraints(text) for text in quality or ()]
     names = [name.strip() for name in peers.split(",")] if peers is not None else list(PEERS)
+    require_known(names)
     sources.require_writable(out, "the measurements")
     console = Console(stderr=True, quiet=json_output, highlight=False, soft_wrap=True)
     source = load()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ditune.accel.memory import planned_bytes
 from ditune.reports.content import FewerSteps, FrameStrip, ReportContent
 from ditune.tuner.session import Result
 
@@ -20,7 +21,15 @@ def content_of(result: Result) -> ReportContent:
             for pair in result.frames
         ),
         fewer_steps=_fewer_steps(result),
+        cache_bytes=_cache_bytes(result),
     )
+
+
+def _cache_bytes(result: Result) -> int | None:
+    sizes, found = result.profile.forward_bytes, result.policy_file
+    if sizes is None or found is None or found.policy.cache is None:
+        return None
+    return planned_bytes(found.policy.cache, sizes)
 
 
 def _fewer_steps(result: Result) -> FewerSteps | None:

@@ -1,0 +1,21 @@
+"""What a policy's caches will hold, known before it runs."""
+
+from __future__ import annotations
+
+from ditune.db.records import CachePolicy, ForwardBytes, MaskCache
+
+
+def planned_bytes(cache: CachePolicy, sizes: ForwardBytes) -> int:
+    """Return the memory that the caches of one denoiser hold once they are full.
+
+    Args:
+        cache: What is cached, and how many values of each.
+        sizes: Of one forward of the plain pipeline, and how many branches there are.
+    """
+    masked = isinstance(cache, MaskCache)
+    actions = set(cache.actions) if isinstance(cache, MaskCache) else set(cache.granularities)
+    hidden = "step" in actions and cache.payload.form == "hidden"
+    outputs = not masked or ("step" in actions and not hidden)  # a rule compares outputs
+    each_branch = outputs * sizes.output + (hidden + ("block" in actions)) * sizes.hidden
+    guidance = ("cfg" in actions and sizes.branches > 1) * sizes.output
+    return (cache.payload.order + 1) * (sizes.branches * each_branch + guidance)
