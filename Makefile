@@ -44,7 +44,7 @@ check: $(DEV)  ## check format, lint and types
 	$(BIN)/mypy
 	$(BIN)/mypy $(CHECKED)
 
-bench: $(BASE)  ## run every benchmark; rows go to bench-out/, older ones stay: make bench ARGS=--quick
+bench: $(DEV)  ## run every benchmark; rows go to bench-out/, older ones stay: make bench ARGS=--quick
 	@mkdir -p bench-out
 	@stamp=$$(date -u +%Y%m%dT%H%M%SZ); \
 	for file in benchmarks/[a-z]*.py; do \

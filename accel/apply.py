@@ -126,13 +126,18 @@ class Episode:
             self._caches[id(stack)] = cache
         place = Place(where.step, where.steps, where.branch, inputs.latents)
         action = self.plan.action(place, where.sigma, inputs.timestep, cache)
-        sample = cache.forward(action, place, compute)
-        held = sum(each.byte_count for each in self._caches.values())
-        self.tally.cache_bytes = max(self.tally.cache_bytes, held)
-        return sample
+        return cache.forward(action, place, compute)
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the caches hold now, or held when the call ended."""
+        held = sum(cache.byte_count for cache in self._caches.values())
+        return max(held, self.tally.cache_bytes)
 
     def close(self) -> None:
-        """End the call."""
+        """End the call and free its caches."""
+        self.tally.cache_bytes = self.cache_bytes
+        self._caches.clear()
         if self.plan is not None:
             self.plan.close()
 
@@ -235,7 +240,7 @@ class Applied:
             computed=tally.computed,
             small_forwards=tally.small_forwards,
             work_ratio=tally.blocks_asked / max(tally.blocks_run, 1),
-            cache_bytes=tally.cache_bytes,
+            cache_bytes=episode.cache_bytes,
             trips=tuple(tally.trips),
         )
 

@@ -12,6 +12,7 @@ Each gives one tensor per step; the trigger compares it with the one before. Wha
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -54,14 +55,22 @@ def clean_part(latents: Tensor, sigma: float) -> Tensor:
         sigma: Noise level of flow matching, 0 to 1; others are mapped to it.
     """
     noise = sigma if sigma <= 1.0 else sigma / (1.0 + sigma)
-    rows = torch.fft.fftfreq(latents.shape[-2], device=latents.device)[:, None]
-    columns = torch.fft.fftfreq(latents.shape[-1], device=latents.device)[None, :]
-    lowest = 1.0 / max(latents.shape[-2:])
-    radius = (rows.square() + columns.square()).sqrt().clamp_min(lowest) / lowest
-    power = (1.0 - noise) ** 2 * radius**-POWER
+    prior = _prior(latents.shape[-2], latents.shape[-1], latents.device)
+    power = (1.0 - noise) ** 2 * prior
     gain = power / (power + noise**2 + torch.finfo(torch.float32).tiny)
     clean: Tensor = torch.fft.ifft2(torch.fft.fft2(latents.float()) * gain).real
     return clean
+
+
+@lru_cache(maxsize=8)
+def _prior(height: int, width: int, device: torch.device) -> Tensor:
+    """Return the power of clean video at every frequency [height, width], 1 at the lowest."""
+    rows = torch.fft.fftfreq(height, device=device)[:, None]
+    columns = torch.fft.fftfreq(width, device=device)[None, :]
+    lowest = 1.0 / max(height, width)
+    radius = (rows.square() + columns.square()).sqrt().clamp_min(lowest) / lowest
+    prior: Tensor = radius**-POWER
+    return prior
 
 
 def _timestep_embedding(model: nn.Module) -> Callable[[Tensor], Tensor | None]:

@@ -12,10 +12,14 @@ def planned_bytes(cache: CachePolicy, sizes: ForwardBytes) -> int:
         cache: What is cached, and how many values of each.
         sizes: Of one forward of the plain pipeline, and how many branches there are.
     """
-    masked = isinstance(cache, MaskCache)
-    actions = set(cache.actions) if isinstance(cache, MaskCache) else set(cache.granularities)
+    compares = False
+    if isinstance(cache, MaskCache):
+        actions = set(cache.actions)
+    else:  # a rule without an indicator, or with a choice, compares outputs
+        actions = set(cache.granularities)
+        compares = cache.indicator is None or len(actions) > 1
     hidden = "step" in actions and cache.payload.form == "hidden"
-    outputs = not masked or ("step" in actions and not hidden)  # a rule compares outputs
+    outputs = compares or ("step" in actions and not hidden)
     each_branch = outputs * sizes.output + (hidden + ("block" in actions)) * sizes.hidden
     guidance = ("cfg" in actions and sizes.branches > 1) * sizes.output
     return (cache.payload.order + 1) * (sizes.branches * each_branch + guidance)

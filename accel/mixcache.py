@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ditune.accel.payload import History, Values, amplified, relative_l1
 from ditune.accel.spans import BlockStack, Span
-from ditune.db.records import Action, CachePolicy, Granularity, MaskCache
+from ditune.db.records import Action, CachePolicy, Granularity, MaskCache, RuleCache
 
 COND, UNCOND, BATCHED = "cond", "uncond", "cond_uncond"
 _AMPLIFY = 1.1  # FasterCache's factor
@@ -75,11 +75,13 @@ class MixCache:
         self._cache = cache
         self._stack = stack
         self._tally = tally
-        masked = isinstance(cache, MaskCache)
         actions = set(cache.actions) if isinstance(cache, MaskCache) else set(cache.granularities)
         self._form = cache.payload.form
-        self._measures = not masked  # nobody asks a mask what a full step showed
-        self._keeps_output = not masked or ("step" in actions and self._form != "hidden")
+        # only what decides is measured: the interval where no indicator does, and which granularity
+        self._watches_error = isinstance(cache, RuleCache) and cache.indicator is None
+        self._watches_each = isinstance(cache, RuleCache) and len(cache.granularities) > 1
+        stepping = "step" in actions and self._form != "hidden"
+        self._keeps_output = stepping or self._watches_error or self._watches_each
         self._spans: dict[str, Span] = {}
         if "step" in actions and self._form == "hidden":
             self._spans["stack"] = _WHOLE
@@ -126,11 +128,10 @@ class MixCache:
         "deviation" is the error that reuse would have made; the granularities' names stand for the
         change of each per skipped step. Empty until something could have been reused.
         """
-        if self._deviation is None:
-            return {}
         gap = max(self._gap, 1)
-        found = {"deviation": self._deviation}
-        found |= {name: distance / gap for name, distance in self._distances.items()}
+        found: dict[str, Tensor] = {n: distance / gap for n, distance in self._distances.items()}
+        if self._deviation is not None:
+            found["deviation"] = self._deviation
         self._deviation, self._distances = None, {}
         return found
 
@@ -236,13 +237,12 @@ class MixCache:
             self._note_trip("outputs are not shaped like latents: they are reused as they are")
             self._form = "output"
         kept = sample - _input_like(sample, place) if self._form == "latent" else sample
-        expected = state.output.predict(place.step) if self._measures else None
-        if expected is not None:
+        first = self._comes_first(place)
+        if first and self._watches_each and state.output.values:
             self._gap = place.step - state.output.steps[-1]
-            self._note("step", relative_l1(kept, state.output.values[-1][0]))
-            deviation = relative_l1(expected[0], kept)
-            known = self._deviation
-            self._deviation = deviation if known is None else torch.maximum(known, deviation)
+            self._distances["step"] = relative_l1(kept, state.output.values[-1][0])
+        if first and self._watches_error and (expected := state.output.predict(place.step)):
+            self._deviation = relative_l1(expected[0], kept)
         state.output.add(place.step, kept)
 
     def _remember_residual(
@@ -251,8 +251,9 @@ class MixCache:
         if residual is None:
             return
         history = state.stack if name == "stack" else state.span
-        if self._measures and name == "span" and history.values:
-            self._note("block", relative_l1(residual[0], history.values[-1][0]))
+        watched = self._watches_each and name == "span" and self._comes_first(place)
+        if watched and history.values:
+            self._distances["block"] = relative_l1(residual[0], history.values[-1][0])
         history.add(place.step, *residual)
 
     def _remember_delta(self, place: Place, sample: Tensor) -> None:
@@ -263,15 +264,15 @@ class MixCache:
         else:
             return
         delta = uncond - cond
-        if self._measures and self._delta.values:
+        if self._watches_each and self._delta.values:
             scale = cond.float().abs().mean()
             change = (delta - self._delta.values[-1][0]).float().abs().mean()
-            self._note("cfg", change / scale.clamp_min(torch.finfo(torch.float32).tiny))
+            self._distances["cfg"] = change / scale.clamp_min(torch.finfo(torch.float32).tiny)
         self._delta.add(place.step, delta)
 
-    def _note(self, granularity: Granularity, distance: Tensor) -> None:
-        known = self._distances.get(granularity)
-        self._distances[granularity] = distance if known is None else torch.maximum(known, distance)
+    def _comes_first(self, place: Place) -> bool:
+        """Whether a branch is the one that is measured: the conditional one, which comes first."""
+        return place.branch == next(iter(self._branches))
 
     @property
     def byte_count(self) -> int:

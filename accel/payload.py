@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 Values = tuple[Tensor, ...]
+_TINY = 1e-30  # so small that nothing is added, so large that no change becomes infinite
 
 
 def relative_l1(now: Tensor, then: Tensor) -> Tensor:
-    """Return mean|now - then| / mean|then| as a scalar tensor on the device; no synchronisation."""
-    scale = then.float().abs().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return (now.float() - then.float()).abs().mean() / scale
+    """Return sum|now - then| / sum|then| as a scalar tensor on the device; no synchronisation."""
+    before = then.float()
+    size: Tensor = torch.linalg.vector_norm(before, 1)
+    change: Tensor = torch.dist(now.float(), before, 1)
+    return change / size.clamp_min(_TINY)
 
 
 def byte_count(tensor: Tensor) -> int:

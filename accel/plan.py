@@ -99,9 +99,9 @@ class StepPlan:
             return None, None
         change = found.pop(_CHANGE, None)
         deviation = found.pop("deviation", None)
-        if deviation is None:
-            return change, None
         distances: dict[Granularity, float] = found  # type: ignore[assignment]
+        if deviation is None and not distances:
+            return change, None
         return change, Measured(deviation, distances)
 
     # --- guard ---------------------------------------------------------------------------------

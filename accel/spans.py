@@ -57,16 +57,14 @@ class BlockStack:
         self.problem = ""  # why spans cannot be left out, once that is known
         self._streams: dict[str, Streams] = {}
         self._copies = False  # blocks change their inputs in place
+        self._kept_lists: dict[
+            frozenset[tuple[str, int]], tuple[list[nn.Module], dict[str, nn.ModuleList]]
+        ] = {}
 
     @property
     def lists(self) -> dict[str, nn.ModuleList]:
         """The lists as they stand in the model now."""
-        found = {}
-        for name in self.names:
-            blocks = self.model.get_submodule(name)
-            assert isinstance(blocks, nn.ModuleList)
-            found[name] = blocks
-        return found
+        return {name: self.model._modules[name] for name in self.names}  # type: ignore[misc]
 
     def named_blocks(self) -> dict[str, nn.Module]:
         """Return every block of the chain under its name in the model."""
@@ -258,28 +256,41 @@ class BlockStack:
     @contextmanager
     def _replaced(self, runners: Mapping[tuple[str, int], _Run]) -> Iterator[None]:
         """Let stand-ins take the places of some blocks."""
-        originals = {name: self.model._modules[name] for name in self.names}
+        originals = self.lists
+        lists = self._manned(frozenset(runners), originals)
+        for (name, index), run in runners.items():
+            object.__setattr__(lists[name][index], "run", run)
         try:
-            for name, blocks in self.lists.items():
-                mine = {index for listed, index in runners if listed == name}
-                if mine:
-                    places = [
-                        _StandIn(block, runners[name, index]) if index in mine else block
-                        for index, block in enumerate(blocks)
-                    ]
-                    self.model._modules[name] = nn.ModuleList(places)
+            self.model._modules.update(lists)
             yield
         finally:
             self.model._modules.update(originals)
+
+    def _manned(
+        self, keys: frozenset[tuple[str, int]], originals: Mapping[str, nn.ModuleList]
+    ) -> dict[str, nn.ModuleList]:
+        """Return the lists with stand-ins at some places, built once and kept."""
+        blocks = [block for listed in originals.values() for block in listed]
+        known, lists = self._kept_lists.get(keys, ([], {}))
+        if len(known) != len(blocks) or any(a is not b for a, b in zip(known, blocks, strict=True)):
+            lists = {
+                name: nn.ModuleList(
+                    _StandIn(block) if (name, index) in keys else block
+                    for index, block in enumerate(listed)
+                )
+                for name, listed in originals.items()
+                if any(name == each for each, _ in keys)
+            }
+            self._kept_lists[keys] = (blocks, lists)
+        return lists
 
 
 class _StandIn(nn.Module):
     """Takes a block's place in its list and lets a runner decide; all else is the block's."""
 
-    def __init__(self, block: nn.Module, run: _Run) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
         object.__setattr__(self, "block", block)  # the model keeps owning it
-        object.__setattr__(self, "run", run)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["block"], name)

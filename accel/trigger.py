@@ -22,11 +22,12 @@ class Measured:
     """What a full step showed.
 
     Attributes:
-        deviation: Relative L1 error that reusing the whole step would have made here, >= 0.
+        deviation: Relative L1 error that reusing the whole step would have made here, >= 0; None
+            where an indicator decides.
         distances: Change per skipped step of what each granularity reuses, relative L1, >= 0.
     """
 
-    deviation: float
+    deviation: float | None
     distances: Mapping[Granularity, float]
 
 
@@ -109,6 +110,8 @@ class RuleTrigger:
             return
         self.distances.update(measured.distances)
         delta2 = self.rule.delta2
+        if measured.deviation is None:
+            return
         if measured.deviation > delta2:
             self.interval = max(INTERVAL_MIN, self.interval - 1)
         elif measured.deviation < self.rule.delta1_ratio * delta2:
