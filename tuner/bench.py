@@ -21,7 +21,7 @@ from ditune.profiler.record import Recorded
 from ditune.profiler.statistics import paired_speedup
 from ditune.tuner.bench_runs import PLAIN, PLAIN_SETTING, Runs, foreign
 from ditune.tuner.confirm import missed
-from ditune.tuner.evaluate import Evaluator, cases_of
+from ditune.tuner.evaluate import Case, Evaluator, cases_of
 from ditune.tuner.measurements import Measurement, Measurements
 from ditune.tuner.peers import ours
 from ditune.tuner.peers.catalogue import PEERS
@@ -99,8 +99,7 @@ class Bench:
         held, count = source.held_out, self.options
         self._calibration = cases_of(source.calibration, count.calibration, _CALIBRATION_SEED)
         self._confirmation = cases_of(held, count.confirmation, _CONFIRMATION_SEED)
-        rest = held[count.confirmation :][: count.held_out] or held
-        self._held_out = cases_of(rest, count.held_out * count.seeds, _HELD_OUT_SEED)
+        self._held_out = held_out_cases(source, count)
 
     def run(self, names: Sequence[str] = tuple(PEERS)) -> Comparison:
         """Sweep, prove and measure; return what came out.
@@ -333,6 +332,12 @@ class Bench:
             best_by_speed=by_speed,
             speed=speed[by_speed],
         )
+
+
+def held_out_cases(source: Source, options: Options) -> list[Case]:
+    """Return the cases that figures rest on: every prompt once, then again with the next seeds."""
+    rest = source.held_out[options.confirmation :][: options.held_out] or source.held_out
+    return cases_of(rest, options.held_out * options.seeds, _HELD_OUT_SEED)
 
 
 def require_known(names: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ditune.accel.apply import accelerate
 from ditune.db.engine import study_storage_url
+from ditune.db.errors import UsageFault
 from ditune.db.records import Policy, Settings, Study, Trial
 from ditune.db.store import Store
 from ditune.profiler.record import Recorded, record
@@ -22,6 +23,7 @@ from ditune.tuner.space import Space
 NAME = "ditune"
 _PROFILED = 2  # prompts
 _SEED = 1_000
+_SEARCHES = "search.db"
 
 
 def profiled(source: Source) -> Recorded:
@@ -58,17 +60,32 @@ def fastest(
         seed=0,
         space=space.digest,
     )
-    url = str(folder / "search.db")
+    url = str(folder / _SEARCHES)
     with Store.open(url) as store:
         if settings.study not in {study.name for study in store.studies()}:
             store.save_study(Study(name=settings.study, settings=settings, created_at=now()))
         search = Search(settings.study, space, evaluator, cases, seed=settings.seed)
         search.open(study_storage_url(url), store)
         trials = search.run(budget, progress)
-    return [_setting(trial.policy) for trial in candidates(trials, budget.trials)]
+    return [setting_of(trial.policy) for trial in candidates(trials, budget.trials)]
 
 
-def _setting(policy: Policy) -> Setting:
+def policy_of(setting: str, folder: Path) -> Policy:
+    """Return the policy that a setting of ours stands for, from the folder of its search.
+
+    Raises:
+        UsageFault: The folder holds no such policy.
+    """
+    with Store.open(str(folder / _SEARCHES)) as store:
+        trials = [trial for study in store.studies() for trial in store.trials(study.name)]
+    for trial in trials:
+        if setting_of(trial.policy).label == setting:
+            return trial.policy
+    raise UsageFault(f"{folder} holds no policy {setting}: give the folder of the comparison")
+
+
+def setting_of(policy: Policy) -> Setting:
+    """Return a policy of ours as one of the settings that are compared."""
     return Setting(policy.id[7:19], partial(_on, policy=policy))
 
 
