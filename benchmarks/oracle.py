@@ -1,7 +1,7 @@
 """How far from the limit is ditune? Masks that are searched for each prompt, its answer known.
 
 For every held-out prompt the best step mask of every number of computed steps is searched on the
-very prompt and seed that it is scored on, from ditune's masks, every peer's, and the profile's, with
+very prompt and seed that it is scored on, from ditune's masks, every peer's and the profile's, with
 at least 300 videos a prompt. The oracle then spends computed steps where they help most: no policy
 that is fixed before the prompt is known can do that. Needs the folder of `benchmarks.peers`; takes
 hours, and goes on where it stopped.
