@@ -14,10 +14,12 @@ from diffusers.utils import logging as diffusers_logging
 
 from ditune.accel.apply import accelerate
 from ditune.accel.fingerprint import detect
-from ditune.accel.lookup import lookup
+from ditune.accel.lookup import default_database, lookup
 from ditune.db.errors import UsageFault
 from ditune.db.records import Match
+from ditune.db.store import Store
 from ditune.miniature.system import MiniatureSource
+from ditune.profiler.parts import parts_of, speedup_of_work
 from ditune.profiler.statistics import paired_speedup
 from ditune.tuner.evaluate import Case, Evaluator, Outcome, cases_of
 from ditune.tuner.fewer_steps import fewest_steps
@@ -25,6 +27,7 @@ from ditune.tuner.quality import parse_constraints, summarise
 
 _SEED = 9_000_000  # far from the seeds of search and confirmation
 _SKIPPED = 100  # held-out captions that confirmation may have used come first
+_AGREES = 0.1
 _SPEEDUP_FLOOR, _INTERVAL_FLOOR = 1.5, 1.3
 
 
@@ -65,6 +68,7 @@ def _add_outcomes(benchmark: Benchmark, evaluator: Evaluator, outcomes: list[Out
     )
     work = outcomes[0].summary.work_ratio
     benchmark.add(Row("work ratio (blocks asked / run)", work, "x", n=len(outcomes)))
+    _add_expected(benchmark, work, speed.median)
     quality = summarise(evaluator.constraints, [o.values for o in outcomes])
     for constraint in evaluator.constraints:
         seen = quality[constraint.name]
@@ -72,6 +76,22 @@ def _add_outcomes(benchmark: Benchmark, evaluator: Evaluator, outcomes: list[Out
         target = f">= {constraint.floor:g}"
         held = value >= constraint.floor
         benchmark.add(Row(constraint.name, value, "dB", target, held, n=seen.n))
+
+
+def _add_expected(benchmark: Benchmark, work: float, speedup: float) -> None:
+    """Does the speedup agree with the forwards that were computed?"""
+    source = MiniatureSource()
+    hardware, _, workload = detect(source.pipe, source.call)
+    assert workload is not None
+    with Store.open(str(default_database())) as store:
+        profile = store.profile(hardware, workload)
+    parts = parts_of(profile) if profile is not None else None
+    if parts is None:
+        return
+    expected = speedup_of_work(parts, work)
+    benchmark.add(Row("speedup expected by computed forwards", expected, "x"))
+    agrees = 1.0 - _AGREES <= speedup / expected <= 1.0 + _AGREES
+    benchmark.add(Row("speedup / expected", speedup / expected, "", "0.9 to 1.1", agrees))
 
 
 def _add_lookup(

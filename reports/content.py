@@ -42,6 +42,21 @@ class FewerSteps:
     status: Status = "measured"
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What a policy's speedup should be by the work it leaves out, and what takes no part in it.
+
+    Attributes:
+        work_ratio: Blocks asked for / blocks run.
+        speedup: Plain / tuned if only the transformer's time shrinks with its work.
+        parts_ms: Milliseconds of one plain call by part.
+    """
+
+    work_ratio: float
+    speedup: float
+    parts_ms: Mapping[str, float]
+
+
 @dataclass(frozen=True, eq=False)
 class ReportContent:
     """Everything that one page is made of.
@@ -54,6 +69,7 @@ class ReportContent:
         frames: Before and after, a few prompts; may be empty.
         fewer_steps: The baseline of fewer steps; None if it was not run.
         cache_bytes: What the chosen policy's caches hold; None if that is not known.
+        expected: What its work lets expect; None if that is not known.
     """
 
     study: Study
@@ -63,3 +79,4 @@ class ReportContent:
     frames: tuple[FrameStrip, ...] = ()
     fewer_steps: FewerSteps | None = None
     cache_bytes: int | None = None
+    expected: Expected | None = None

@@ -80,6 +80,7 @@ def _evidence(content: ReportContent) -> dict[str, Any]:
         "fewer_rows": gather.quality_rows(settings, (fewer.quality or {}) if fewer else {}),
         "strips": tuple(zip(strips, shown_clips(given[: len(strips)]), strict=True)),
         "strips_given": len(content.frames),
+        "agreement": summary.agreement_in_words(content),
         "profile_words": summary.profile_in_words(content.profile),
         "trials": charts.trials_table(content),
         "trials_given": len(content.trials),

@@ -17,6 +17,7 @@ STATUS_WORDS: dict[Status, str] = {
     "simulated": "run on something that imitates this hardware",
 }
 _GIB = 2**30
+_AGREES = 0.1  # a measured speedup so near to the expected one needs no explanation
 _UNITS = {"memory_bytes": "memory", "power_limit_w": "power limit"}
 
 
@@ -195,3 +196,23 @@ def _search(content: ReportContent) -> list[tuple[str, str]]:
             ("commit", evidence.git_commit or "not known"),
         ]
     return rows
+
+
+def agreement_in_words(content: ReportContent) -> str:
+    """Say whether the measured speedup is what the work that was left out lets expect."""
+    expected, chosen = content.expected, content.chosen
+    if expected is None or chosen is None:
+        return ""
+    measured = chosen.evidence.speedup.median
+    parts = ", ".join(f"{name} {duration(ms)}" for name, ms in expected.parts_ms.items())
+    gap = measured / expected.speedup - 1.0
+    verdict = f"measured was {factor(measured)}"
+    if abs(gap) > _AGREES:
+        cause = "noise of the machine" if gap > 0 else "gaps on the host, or a busier machine"
+        verdict += f", {abs(gap):.0%} {'more' if gap > 0 else 'less'}: {cause}"
+    share = f"{1.0 / expected.work_ratio:.0%}"
+    return (
+        f"The policy runs {share} of the transformer's blocks. A plain call spends its time so: "
+        f"{parts}. As only the transformer's part shrinks, {factor(expected.speedup)} is to be "
+        f"expected; {verdict}."
+    )

@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs_version
 
 from ditune.db.errors import UsageFault
 from ditune.reports import page
-from ditune.reports.content import FrameStrip, ReportContent
+from ditune.reports.content import Expected, FrameStrip, ReportContent
 
 Build = Callable[..., ReportContent]
 MEGABYTE = 1_000_000
@@ -133,3 +133,18 @@ def test_a_folder_in_place_of_the_file(content: ReportContent, tmp_path: Path) -
     with pytest.raises(UsageFault, match=r"report\.html"):
         page.write(content, tmp_path / "report.html")
     assert [tmp_path / "report.html"] == list(tmp_path.iterdir())
+
+
+def test_the_page_says_whether_the_speedup_is_what_its_work_lets_expect(
+    content: ReportContent,
+) -> None:
+    assert content.chosen is not None
+    measured = content.chosen.evidence.speedup.median
+    parts = {"transformer": 900.0, "text encoder": 20.0, "decoder": 60.0, "everything else": 20.0}
+    near = replace(content, expected=Expected(2.0, measured * 1.04, parts))
+    said = text_of(page.render(near))
+    assert "runs 50% of the transformer's blocks" in said
+    assert "decoder 60" in said
+    assert "gaps on the host" not in said
+    far = replace(content, expected=Expected(2.0, measured * 1.5, parts))
+    assert "33% less: gaps on the host" in text_of(page.render(far))

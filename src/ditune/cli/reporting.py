@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ditune.accel.memory import planned_bytes
-from ditune.reports.content import FewerSteps, FrameStrip, ReportContent
+from ditune.profiler.parts import parts_of, speedup_of_work
+from ditune.reports.content import Expected, FewerSteps, FrameStrip, ReportContent
 from ditune.tuner.session import Result
 
 
@@ -22,7 +23,23 @@ def content_of(result: Result) -> ReportContent:
         ),
         fewer_steps=_fewer_steps(result),
         cache_bytes=_cache_bytes(result),
+        expected=_expected(result),
     )
+
+
+def _expected(result: Result) -> Expected | None:
+    found, parts = result.policy_file, parts_of(result.profile)
+    tried = [t for t in result.trials if found is not None and t.policy == found.policy]
+    ratios = [t.work_ratio for t in tried if t.work_ratio is not None]
+    if parts is None or found is None or found.policy.handoff is not None or not ratios:
+        return None
+    shown = {
+        "transformer": parts.transformer_ms,
+        "text encoder": parts.text_encoder_ms,
+        "decoder": parts.decoder_ms,
+        "everything else": parts.rest_ms,
+    }
+    return Expected(ratios[0], speedup_of_work(parts, ratios[0]), shown)
 
 
 def _cache_bytes(result: Result) -> int | None:
