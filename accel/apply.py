@@ -39,6 +39,7 @@ from ditune.accel.mixcache import (
     Tally,
 )
 from ditune.accel.plan import StepPlan
+from ditune.accel.request import Request, observed
 from ditune.accel.spans import BlockStack
 from ditune.accel.trigger import trigger_for
 from ditune.db.errors import DituneError, UsageFault
@@ -194,7 +195,7 @@ class Applied:
         self._locator = Locator(pipe)
         self._stacks: dict[int, BlockStack] = {}
         self._rebuild: dict[int, Callable[[Tensor], Any]] = {}  # how each denoiser returns
-        self._matches: dict[fingerprint.Request, Match] = {}
+        self._matches: dict[Request, Match] = {}
         self._warned: set[str] = set()
         self._models: list[nn.Module] = []
         for model in denoisers(pipe):
@@ -305,12 +306,15 @@ class Applied:
                 policy_id=self._policy.id,
                 policy=self._policy,
             )
-        request = fingerprint.observed(self._pipe, latents, where.steps)
+        try:
+            request = observed(self._pipe, latents, where.steps)
+        except UsageFault as fault:
+            return Match(kind="baseline", reason=str(fault))
         if request not in self._matches:
             self._matches[request] = self._look_up(request, latents)
         return self._matches[request]
 
-    def _look_up(self, request: fingerprint.Request, latents: Tensor) -> Match:
+    def _look_up(self, request: Request, latents: Tensor) -> Match:
         """Return the policy of a request: one that hands over if there is a small model, else any.
 
         Policies without a hand-off are stored without a small model, so that they serve both.

@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ditune.accel.anatomy import denoisers
 from ditune.accel.internals import active_attention_backend
+from ditune.accel.request import Request, declared
 from ditune.accel.versions import software
 from ditune.db.digest import digest_bytes
 from ditune.db.records import Hardware, Software, Workload
 
-__all__ = ["Request", "declared", "detect", "hardware", "observed", "software", "workload"]
+__all__ = ["detect", "hardware", "software", "workload"]
 _GIB = 1 << 30
 _SAMPLED_TENSORS = 64  # how many weight tensors the revision looks at
 _SAMPLED_VALUES = 64  # and how many values of each
-
-
-@dataclass(frozen=True)
-class Request:
-    """What one pipeline call asks for; sizes in pixels and frames."""
-
-    height: int
-    width: int
-    frames: int
-    steps: int
-    guidance: bool
-    batch: int
 
 
 def detect(
@@ -123,50 +110,6 @@ def _nvml(device: torch.device) -> dict[str, Any]:
 # --- workload --------------------------------------------------------------------------------
 
 
-def declared(pipe: Any, call: Mapping[str, Any]) -> Request:
-    """Return what a call asks for, from its arguments and the pipeline's defaults.
-
-    Sizes are rounded as the pipeline rounds them: to whole latents.
-    """
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    asked = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-    asked |= dict(call)
-    time, space = _latent_scales(pipe)
-    prompts = asked.get("prompt")
-    embeddings = asked.get("prompt_embeds")
-    count = len(prompts) if isinstance(prompts, list) else 1
-    if prompts is None and isinstance(embeddings, Tensor):
-        count = len(embeddings)
-    return Request(
-        height=int(asked.get("height") or 1) // space * space or space,
-        width=int(asked.get("width") or 1) // space * space or space,
-        frames=_whole_frames(int(asked.get("num_frames") or 1), time),
-        steps=int(asked["num_inference_steps"]),
-        guidance=float(asked.get("guidance_scale") or 0.0) > 1.0,
-        batch=count * int(asked.get("num_videos_per_prompt") or 1),
-    )
-
-
-def observed(pipe: Any, latents: Tensor, steps: int) -> Request:
-    """Return what a running call asks for, from the latents that reach its transformer.
-
-    Args:
-        pipe: The pipeline that is running.
-        latents: The transformer's input, [batch, channels, frames, height, width].
-        steps: The number of denoising steps.
-    """
-    time, space = _latent_scales(pipe)
-    batch, _, frames, height, width = latents.shape
-    return Request(
-        height=height * space,
-        width=width * space,
-        frames=(frames - 1) * time + 1,
-        steps=steps,
-        guidance=bool(pipe.do_classifier_free_guidance),
-        batch=batch,
-    )
-
-
 def workload(pipe: Any, request: Request, small: nn.Module | None = None) -> Workload:
     """Return the key of a request to a pipeline, with a small model if a hand-off is possible."""
     model = denoisers(pipe)[0]
@@ -215,19 +158,6 @@ def weights_revision(model: nn.Module) -> str:
             head = tensor.detach().flatten()[:_SAMPLED_VALUES]
             seen.update(head.to("cpu", torch.float32).numpy().tobytes())
     return "sampled-" + seen.hexdigest()[:16]
-
-
-def _latent_scales(pipe: Any) -> tuple[int, int]:
-    time = int(getattr(pipe, "vae_scale_factor_temporal", 1) or 1)
-    space = int(getattr(pipe, "vae_scale_factor_spatial", 1) or 1)
-    return time, space
-
-
-def _whole_frames(frames: int, time: int) -> int:
-    """Round a frame count as WanPipeline does: to a whole number of latents, plus the first."""
-    if frames % time != 1:
-        frames = frames // time * time + 1
-    return max(frames, 1)
 
 
 def _is_compiled(model: nn.Module) -> bool:

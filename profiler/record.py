@@ -11,6 +11,7 @@ from torch import nn
 
 from ditune.accel import fingerprint
 from ditune.accel.anatomy import denoisers
+from ditune.accel.request import Request, observed
 from ditune.accel.tap import Observation, tapped
 from ditune.db.errors import UsageFault
 from ditune.db.records import Profile
@@ -90,7 +91,12 @@ def record(
     scale = float(arguments.get("guidance_scale", 1.0))
     redundancy, trajectories = Redundancy(scale), TrajectoryRecorder(scale)
 
+    requests: list[Request] = []
+
     def watch(seen: Observation) -> None:
+        if not requests:
+            steps = seen.steps if seen.steps is not None else len(pipe.scheduler.timesteps)
+            requests.append(observed(pipe, seen.latents, steps))
         redundancy.watch(seen)
         trajectories.watch(seen)
 
@@ -98,11 +104,10 @@ def record(
         for index in range(len(prompts)):
             progress(f"watching prompt {index + 1} of {len(prompts)}")
             run(index)
-    request = fingerprint.declared(pipe, {"prompt": prompts[0], **arguments})
     found = Profile(
         hardware=fingerprint.hardware(device),
         software=fingerprint.software(),
-        workload=fingerprint.workload(pipe, request, small),
+        workload=fingerprint.workload(pipe, requests[0], small),
         prompts=len(prompts),
         total_ms=quantiles(lasted)[1],
         layers=clock.timings(),

@@ -9,8 +9,9 @@ from diffusers import WanPipeline
 from torch import Tensor, nn
 
 from ditune.accel import fingerprint
-from ditune.accel.fingerprint import declared, detect, observed, workload
+from ditune.accel.fingerprint import detect, workload
 from ditune.accel.lookup import DATABASE_VARIABLE, default_database, lookup
+from ditune.accel.request import declared, observed
 from ditune.accel.spans import BlockStack
 from ditune.accel.tap import Observation, tapped
 from ditune.db.errors import UsageFault
