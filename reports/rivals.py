@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ditune.reports.figures import Figure, drawing, label, plot_layout
 from ditune.reports.words import factor, interval, metric_label, number, unit_of
 
 OURS = "ditune"
-_SHOWN_FROM = 0.6  # of the lowest floor: what lies below is no choice for anybody
+_SHOWN_FROM = 0.7  # of the lowest floor: what lies below is no choice for anybody
 _LOOKS = [  # colour and symbol of each peer in turn; shapes tell apart what colours repeat
     (f"var(--{colour})", symbol)
     for symbol in ("circle", "square", "diamond")
@@ -61,7 +61,8 @@ def _headline(comparison: Comparison) -> str:
     most = max(lead.speed.median for lead in comparison.leads)
     if behind:
         return f"ditune against its peers: {factor(least)} to {factor(most)} as fast as the best"
-    span = factor(least) if len(comparison.leads) == 1 else f"{factor(least)} to {factor(most)}"
+    same = factor(least) == factor(most)
+    span = factor(least) if same else f"{factor(least)} to {factor(most)}"
     return f"{span} as fast as the best peer at the same quality"
 
 
@@ -95,7 +96,7 @@ def _standings(found: Sequence[Standing], metrics: Sequence[str]) -> Table:
 
     def row(standing: Standing) -> tuple[str, ...]:
         if standing.setting is None:
-            empty = (NONE,) * (4 + 2 * len(metrics))
+            empty = (NONE,) * (4 + len(metrics))
             return (standing.peer, standing.reason, *empty, "")
         values = [standing.quality[metric] for metric in metrics]
         return (
@@ -105,12 +106,12 @@ def _standings(found: Sequence[Standing], metrics: Sequence[str]) -> Table:
             interval(standing.work_ratio),
             factor(standing.speedup.median),
             interval(standing.speedup),
-            *(number(value) for seen in values for value in (seen.mean, seen.worst)),
+            *(f"{number(seen.mean)} / {number(seen.worst)}" for seen in values),
             "held" if standing.holds else "not held",
         )
 
-    columns = [f"{metric} {kind}" for metric in metrics for kind in ("mean", "worst")]
-    head = ("peer", "setting", "work", "95 %", "speed", "95 %", *columns, "floors, held-out")
+    columns = [f"{_name(metric)}, mean / worst" for metric in metrics]
+    head = ("peer", "setting", "work", "95 %", "speed", "95 %", *columns, "floors")
     ordered = sorted(found, key=lambda standing: -standing.work_ratio.median)
     return Table(head, tuple(row(s) for s in ordered), frozenset({0, 1, len(head) - 1}))
 
@@ -137,31 +138,44 @@ def _conditions(comparison: Comparison) -> list[tuple[str, str]]:
 def _pareto(comparison: Comparison, metric: str) -> Chart:
     """Return the chart of one metric: every setting swept, and what stood on held-out prompts."""
     peers = list(dict.fromkeys(c.peer for c in comparison.contenders))
-    floors = [c.floor for s in comparison.standings for c in s.floors if c.metric == metric]
-    shown = [c for c in comparison.contenders if _worth_showing(c, metric, floors)]
+    floors = {c for s in comparison.standings for c in s.floors if c.statistic == "mean"}
+    shown = [c for c in comparison.contenders if _worth_showing(c, floors)]
     stood = [s for s in comparison.standings if s.setting is not None]
-    points = [(s.work_ratio.median, s.quality[metric].mean) for s in stood]
-    figure = _drawn(peers, shown, stood, metric)
     said = (
         f"Every setting that was swept, on one calibration prompt: {len(shown)} of "
-        f"{len(comparison.contenders)} are drawn. Stars are ditune's policies and rings the peers' "
-        f"settings that were proved, on held-out prompts."
+        f"{len(comparison.contenders)} are drawn, the others lie far below every floor. Stars are "
+        "ditune's policies and rings the peers' settings that were proved, on held-out prompts."
     )
-    rows = [(c.peer, c.setting, factor(c.work_ratio), number(c.quality[metric].mean), "swept")
-            for c in shown]  # fmt: skip
-    rows += [
-        (s.peer, s.setting or NONE, factor(work), number(quality), "held-out")
-        for s, (work, quality) in zip(stood, points, strict=True)
+    rows = [
+        (c.peer, c.setting, factor(c.work_ratio), number(c.quality[metric].mean), "swept")
+        for c in shown
     ]
-    head = ("peer", "setting", "work", metric, "prompts")
+    rows += [
+        (
+            s.peer,
+            s.setting or NONE,
+            factor(s.work_ratio.median),
+            number(s.quality[metric].mean),
+            "held-out",
+        )
+        for s in stood
+    ]
+    head = ("peer", "setting", "work", _name(metric), "prompts")
     table = Table(head, tuple(rows), frozenset({0, 1, 4}))
-    return Chart(f"pareto-{metric}", f"Work left out against {metric}", said, figure, table)
+    title = f"Work left out against {_name(metric)}"
+    figure = _drawn(peers, shown, stood, metric)
+    return Chart(f"pareto-{metric}", title, said, figure, table)
 
 
-def _worth_showing(contender: Contender, metric: str, floors: Sequence[float]) -> bool:
-    if not floors:
-        return True
-    return contender.quality[metric].mean >= _SHOWN_FROM * min(floors)
+def _worth_showing(contender: Contender, floors: Collection[Constraint]) -> bool:
+    """Whether a setting comes near any of the floors on a mean."""
+    seen = contender.quality
+    near = [seen[c.metric].mean >= _SHOWN_FROM * c.floor for c in floors if c.metric in seen]
+    return any(near) or not near
+
+
+def _name(metric: str) -> str:
+    return metric_label(Constraint(metric=metric, statistic="mean", floor=0.0))
 
 
 def _drawn(
@@ -202,7 +216,7 @@ def _drawn(
                 hoverinfo="text",
             )
         )
-    layout = plot_layout("work: plain operations / operations", label(metric), height=460)
+    layout = plot_layout("work: plain operations / operations", label(_name(metric)), height=460)
     layout["xaxis"] |= {"ticksuffix": "x"}
     return drawing(traces, layout)
 
