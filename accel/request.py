@@ -29,18 +29,26 @@ class Request:
     batch: int
 
 
+def arguments(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call, with the pipeline's defaults for those it leaves out."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    return defaults | dict(call)
+
+
 def declared(pipe: Any, call: Mapping[str, Any]) -> Request:
     """Return what a call asks for, from its arguments and the pipeline's defaults.
 
     Sizes are rounded as the pipeline rounds them: to whole latents.
     """
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    asked = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-    asked |= dict(call)
+    asked = arguments(pipe, call)
     prompts, embeddings = asked.get("prompt"), asked.get("prompt_embeds")
     count = len(prompts) if isinstance(prompts, list) else 1
     if prompts is None and isinstance(embeddings, Tensor):
         count = len(embeddings)
+    time = getattr(pipe, "vae_scale_factor_temporal", None)
+    if time is not None and asked.get("num_frames"):
+        asked["num_frames"] = _whole_frames(int(asked["num_frames"]), int(time))
     return _request(pipe, asked, count, float(asked.get("guidance_scale") or 0.0) > 1.0)
 
 
@@ -85,12 +93,12 @@ def observed(pipe: Any, latents: Tensor, steps: int) -> Request:
 
 def _request(pipe: Any, asked: Mapping[str, Any], count: int, guidance: bool) -> Request:
     """Return a request from the arguments of a call, or from its variables."""
-    time, space = _latent_scales(pipe)
+    _, space = _latent_scales(pipe)
     videos = asked.get("num_videos_per_prompt") or asked.get("num_images_per_prompt") or 1
     return Request(
         height=int(asked.get("height") or 1) // space * space or space,
         width=int(asked.get("width") or 1) // space * space or space,
-        frames=_whole_frames(int(asked.get("num_frames") or 1), time),
+        frames=int(asked.get("num_frames") or 1),  # a running call has rounded it
         steps=int(asked["num_inference_steps"]),
         guidance=guidance,
         batch=count * int(videos),

@@ -12,6 +12,7 @@ from torch import nn
 from ditune.accel import fingerprint
 from ditune.accel.anatomy import denoisers
 from ditune.accel.request import Request, observed
+from ditune.accel.request import arguments as asked
 from ditune.accel.tap import Observation, tapped
 from ditune.db.errors import UsageFault
 from ditune.db.records import Profile
@@ -88,33 +89,41 @@ def record(
     progress("timing layers")
     with LayerClock(device).attached(layers_of(pipe)) as clock:
         run(0)
-    scale = float(arguments.get("guidance_scale", 1.0))
-    redundancy, trajectories = Redundancy(scale), TrajectoryRecorder(scale)
-
-    requests: list[Request] = []
-
-    def watch(seen: Observation) -> None:
-        if not requests:
-            steps = seen.steps if seen.steps is not None else len(pipe.scheduler.timesteps)
-            requests.append(observed(pipe, seen.latents, steps))
-        redundancy.watch(seen)
-        trajectories.watch(seen)
-
-    with tapped(pipe, watch, small):
+    watched = _Watched(pipe, float(asked(pipe, arguments).get("guidance_scale") or 1.0))
+    with tapped(pipe, watched.watch, small):
         for index in range(len(prompts)):
             progress(f"watching prompt {index + 1} of {len(prompts)}")
             run(index)
+    assert watched.request is not None, "no forward of the denoiser was seen"
     found = Profile(
         hardware=fingerprint.hardware(device),
         software=fingerprint.software(),
-        workload=fingerprint.workload(pipe, requests[0], small),
+        workload=fingerprint.workload(pipe, watched.request, small),
         prompts=len(prompts),
         total_ms=quantiles(lasted)[1],
         layers=clock.timings(),
-        redundancy=redundancy.steps(),
-        disagreement=redundancy.disagreement(),
+        redundancy=watched.redundancy.steps(),
+        disagreement=watched.redundancy.disagreement(),
         peak_bytes=peak,
         clocks=None,
-        forward_bytes=redundancy.forward_bytes(),
+        forward_bytes=watched.redundancy.forward_bytes(),
     )
-    return Recorded(found, trajectories.trajectories())
+    return Recorded(found, watched.trajectories.trajectories())
+
+
+class _Watched:
+    """What is taken from every forward that a tap sees."""
+
+    def __init__(self, pipe: Any, guidance_scale: float) -> None:
+        self.redundancy = Redundancy(guidance_scale)
+        self.trajectories = TrajectoryRecorder(guidance_scale)
+        self.request: Request | None = None
+        self._pipe = pipe
+
+    def watch(self, seen: Observation) -> None:
+        """Take one forward; what is asked for can only be seen while the call runs."""
+        if self.request is None:
+            steps = seen.steps or len(self._pipe.scheduler.timesteps)
+            self.request = observed(self._pipe, seen.latents, steps)
+        self.redundancy.watch(seen)
+        self.trajectories.watch(seen)
