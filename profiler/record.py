@@ -24,10 +24,14 @@ from ditune.profiler.trajectory import Trajectory, TrajectoryRecorder
 
 @dataclass(frozen=True)
 class Recorded:
-    """A profile, and the plain trajectories that forecasts are fitted to."""
+    """A profile, the plain trajectories that masks are made from, and what the pipeline returned.
+
+    There is one output for each prompt, in order: a search compares with them.
+    """
 
     profile: Profile
     trajectories: tuple[Trajectory, ...]
+    outputs: tuple[Any, ...] = ()
 
 
 def profile(
@@ -54,8 +58,8 @@ def record(
 ) -> Recorded:
     """Run a pipeline on some prompts and return its profile and trajectories.
 
-    Three passes, so that no instrument disturbs another: whole calls are timed bare, layers with
-    clocks on them (first prompt only), and redundancy with every forward watched.
+    Three passes, so that no instrument disturbs another: layers with clocks on them (first prompt
+    only, which warms up), whole calls timed bare, and redundancy with every forward watched.
 
     Args:
         pipe: A diffusers pipeline without ditune on.
@@ -79,16 +83,16 @@ def record(
         generator = torch.Generator().manual_seed(seed + index)
         return pipe(prompt=prompts[index], generator=generator, **arguments)
 
-    progress("warming up")
-    run(0)
-    lasted = []
-    for index in range(len(prompts)):
-        progress(f"timing prompt {index + 1} of {len(prompts)}")
-        lasted.append(timed(lambda i=index: run(i), device)[1])  # type: ignore[misc]
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     progress("timing layers")
     with LayerClock(device).attached(layers_of(pipe)) as clock:
         run(0)
+    lasted, outputs = [], []
+    for index in range(len(prompts)):
+        progress(f"timing prompt {index + 1} of {len(prompts)}")
+        output, milliseconds = timed(lambda i=index: run(i), device)  # type: ignore[misc]
+        outputs.append(output)
+        lasted.append(milliseconds)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     watched = _Watched(pipe, float(asked(pipe, arguments).get("guidance_scale") or 1.0))
     with tapped(pipe, watched.watch, small):
         for index in range(len(prompts)):
@@ -108,7 +112,7 @@ def record(
         clocks=None,
         forward_bytes=watched.redundancy.forward_bytes(),
     )
-    return Recorded(found, watched.trajectories.trajectories())
+    return Recorded(found, watched.trajectories.trajectories(), tuple(outputs))
 
 
 class _Watched:

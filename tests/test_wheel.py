@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -78,13 +79,29 @@ def test_installed_wheel_is_what_gets_imported(installed: Path, tmp_path: Path) 
     assert Path(seen.strip()).is_relative_to(installed)
 
 
+TUNED = """
+import sys
+from ditune.db.engine import study_storage_url
+from ditune.db.store import Store
+from ditune.tuner.session import Options, Session
+from ditune.tuner.source import registered
+
+source = registered("miniature")
+source.call["num_inference_steps"] = 6  # a whole run, and a short one
+options = Options(
+    quality="psnr>=1", trials=3, profile_prompts=1, search_prompts=1, confirm_prompts=4
+)
+url = sys.argv[1]
+with Store.open(url) as store:
+    found = Session(source, store, options).run(study_storage_url(url))
+    print(found.policy_file.policy_id, len(store.policies()))
+"""
+
+
 def test_installed_wheel_tunes_the_miniature(installed: Path, tmp_path: Path) -> None:
-    command = (str(installed / "bin" / "tune"), "run", "--miniature", "--trials", "2", "--json")
-    # two trials may find nothing that holds the default floors; what is asked here is a whole run
-    floors = ("--quality", "psnr>=1")
-    places = ("--out", str(tmp_path / "out"), "--db", f"sqlite:///{tmp_path / 'wheel.db'}")
-    output = run(*command, *floors, *places, cwd=tmp_path, PYTHONPATH=str(installed))
-    summary = json.loads(output)
-    assert summary["schema"] == "ditune/run-1"
-    assert Path(summary["policy_file"]).is_file()
-    assert Path(summary["report"]).is_file()
+    url = f"sqlite:///{tmp_path / 'wheel.db'}"
+    seen = run(sys.executable, "-c", TUNED, url, cwd=tmp_path, PYTHONPATH=str(installed))
+    assert re.fullmatch(r"sha256:[0-9a-f]{64} 1", seen.splitlines()[-1])
+    command = (str(installed / "bin" / "tune"), "policy", "list", "--json", "--db", url)
+    listed = json.loads(run(*command, cwd=tmp_path, PYTHONPATH=str(installed)))
+    assert len(listed["policies"]) == 1

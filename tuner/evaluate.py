@@ -63,6 +63,10 @@ class Evaluator:
             self._plain[case] = self.generate(case)[0]
         return self._plain[case]
 
+    def adopt(self, case: Case, output: Any) -> None:
+        """Take what the plain pipeline returned for a case elsewhere, with numpy output."""
+        self._plain.setdefault(case, video_of(output))
+
     def knows(self, case: Case) -> bool:
         """Whether the plain video of a case was generated already."""
         return case in self._plain
@@ -134,8 +138,13 @@ class Evaluator:
             )
 
         output, lasted = timed(call, self.device)
-        frames = output.frames if hasattr(output, "frames") else output.images[:, None]
-        return np.asarray(frames[0], dtype=np.float32), lasted
+        return video_of(output), lasted
+
+
+def video_of(output: Any) -> np.ndarray:
+    """Return the video that a pipeline returned, [frames, height, width, 3] in [0, 1]."""
+    frames = output.frames if hasattr(output, "frames") else output.images[:, None]
+    return np.asarray(frames[0], dtype=np.float32)
 
 
 def cases_of(prompts: Sequence[str], count: int, seed: int) -> list[Case]:

@@ -83,8 +83,7 @@ class Search:
         for trial in self.study.get_trials(states=(TrialState.RUNNING,)):
             self.study.tell(trial.number, state=TrialState.FAIL)
         if fresh:
-            for proposal in self.space.proposals():
-                self._enqueue(proposal)
+            self._enqueue(self.space.baseline())
 
     def run(self, budget: Budget, progress: Callable[[Trial, int], None]) -> list[Trial]:
         """Evaluate until the budget is spent; trials of earlier runs of the study count.
@@ -121,7 +120,8 @@ class Search:
     def _propose(self, done: Sequence[Trial]) -> None:
         """Queue the profile's next mask, unless something waits already or enough is known.
 
-        Where the bracket is closed, one step less may still hold with its steps placed otherwise.
+        Where the bracket is closed, one step less may still hold with its steps placed otherwise;
+        MixCache's own rule comes last.
         """
         if self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             return
@@ -132,8 +132,8 @@ class Search:
             return
         below = bracket(done, fewest, steps).held - 1
         tried = {trial.policy.id for trial in done}
-        for tilt in TILTS if below >= fewest else ():
-            proposal = self.space.prior(below, tilt)
+        elsewhere = [self.space.prior(below, tilt) for tilt in TILTS] if below >= fewest else []
+        for proposal in [*elsewhere, self.space.default()]:
             if self.space.policy(proposal.parameters).id not in tried:
                 self._enqueue(proposal)
                 return

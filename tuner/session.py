@@ -149,7 +149,7 @@ class Session:
 
     def _profile(self) -> Recorded:
         options = self.options
-        total = 2 * options.profile_prompts + 3
+        total = 2 * options.profile_prompts + 2
         done = -1
 
         def note(words: str) -> None:
@@ -160,11 +160,13 @@ class Session:
         recorded = record(
             self.source.pipe,
             self.source.calibration[: options.profile_prompts],
-            call=self.source.call,
+            call={**self.source.call, "output_type": "np"},
             small=self.source.small,
             seed=_SEARCH_SEED,
             progress=note,
         )
+        for case, output in zip(self._search_cases(), recorded.outputs, strict=False):
+            self.evaluator.adopt(case, output)  # the same prompts and seeds
         known = self.store.impacts(recorded.profile.workload)
         if known is None:
             note("measuring what errors do")

@@ -120,13 +120,16 @@ class Space:
             return Policy(handoff=handoff)
         return Policy(cache=cache, handoff=handoff)
 
-    def proposals(self) -> list[Proposal]:
-        """Return where to start: the plain pipeline, and MixCache's rule as the paper has it."""
-        plain = self._point(compute_frac=1.0)
-        paper = self._point(
+    def baseline(self) -> Proposal:
+        """Return the plain pipeline."""
+        return Proposal("baseline", self._point(compute_frac=1.0))
+
+    def default(self) -> Proposal:
+        """Return MixCache's rule as the paper has it."""
+        point = self._point(
             kind="rule", warmup_frac=0.2, order=0, form="hidden", delta2=self._typical_change
         )
-        return [Proposal("baseline", plain), Proposal("default", paper)]
+        return Proposal("default", point)
 
     def prior(self, budget: int, tilt: float = TILTS[0]) -> Proposal:
         """Return the mask that the profile suggests for a number of computed steps."""
