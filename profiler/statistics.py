@@ -48,13 +48,13 @@ def paired_speedup(baseline_ms: Sequence[float], tuned_ms: Sequence[float]) -> I
     return Interval(median=median, ci95=(low, high), n=len(ratios))
 
 
-def mean_lower_bound(values: Sequence[float]) -> float:
-    """Return the one-sided 95 % lower bound of the mean (Student t); the value itself for one."""
+def mean_lower_bound(values: Sequence[float], confidence: float = CONFIDENCE) -> float:
+    """Return the one-sided lower bound of the mean (Student t); the value itself for one."""
     sample = np.asarray(values, dtype=float)
     if len(sample) < 2:
         return float(sample.mean())
     error = sample.std(ddof=1) / np.sqrt(len(sample))
-    return float(sample.mean() - stats.t.ppf(CONFIDENCE, len(sample) - 1) * error)
+    return float(sample.mean() - stats.t.ppf(confidence, len(sample) - 1) * error)
 
 
 def worst_lower_bound(values: Sequence[float], unseen: int) -> float:
