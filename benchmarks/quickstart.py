@@ -81,7 +81,7 @@ def _add_outcomes(benchmark: Benchmark, evaluator: Evaluator, outcomes: list[Out
 def _add_expected(benchmark: Benchmark, work: float, speedup: float) -> None:
     """Does the speedup agree with the forwards that were computed?"""
     source = MiniatureSource()
-    hardware, _, workload = detect(source.pipe, source.call)
+    hardware, _, workload = detect(source.pipe, source.call, source.small)
     assert workload is not None
     with Store.open(str(default_database())) as store:
         profile = store.profile(hardware, workload)
