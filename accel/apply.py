@@ -145,8 +145,9 @@ class Episode:
     def hands_over(self, where: Where) -> bool:
         """Whether the small model does this forward."""
         handoff = self.policy.handoff if self.policy is not None else None
-        known = handoff is not None and where.sigma is not None
-        return known and where.sigma < handoff.sigma  # type: ignore[operator,union-attr]
+        if handoff is None or where.sigma is None:
+            return False
+        return where.sigma < handoff.sigma
 
 
 def _misfit(policy: Policy, where: Where, small: nn.Module | None) -> str:

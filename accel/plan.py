@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -54,8 +55,8 @@ class StepPlan:
             return self._action
         if isinstance(self._cache, RuleCache) and self._cache.indicator == "first_block":
             return lambda front: self._decided(place, front, cache)
-        asks = self._measure is not None and not self._off
-        signal = self._measure(place.latents, sigma, timestep) if asks else None  # type: ignore[misc]
+        measure = None if self._off else self._measure
+        signal = measure(place.latents, sigma, timestep) if measure is not None else None
         return self._decided(place, signal, cache)
 
     def _decided(self, place: Place, signal: Tensor | None, cache: MixCache) -> Action:
@@ -99,7 +100,8 @@ class StepPlan:
             return None, None
         change = found.pop(_CHANGE, None)
         deviation = found.pop("deviation", None)
-        distances: dict[Granularity, float] = found  # type: ignore[assignment]
+        names: tuple[Granularity, ...] = get_args(Granularity)
+        distances = {name: found[name] for name in names if name in found}
         if deviation is None and not distances:
             return change, None
         return change, Measured(deviation, distances)

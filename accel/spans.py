@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -64,7 +64,7 @@ class BlockStack:
     @property
     def lists(self) -> dict[str, nn.ModuleList]:
         """The lists as they stand in the model now."""
-        return {name: self.model._modules[name] for name in self.names}  # type: ignore[misc]
+        return {name: cast(nn.ModuleList, self.model._modules[name]) for name in self.names}
 
     def named_blocks(self) -> dict[str, nn.Module]:
         """Return every block of the chain under its name in the model."""
@@ -257,7 +257,7 @@ class BlockStack:
     def _replaced(self, runners: Mapping[tuple[str, int], _Run]) -> Iterator[None]:
         """Let stand-ins take the places of some blocks."""
         originals = self.lists
-        lists = self._manned(frozenset(runners), originals)
+        lists = self._with_stand_ins(frozenset(runners), originals)
         for (name, index), run in runners.items():
             object.__setattr__(lists[name][index], "run", run)
         try:
@@ -266,7 +266,7 @@ class BlockStack:
         finally:
             self.model._modules.update(originals)
 
-    def _manned(
+    def _with_stand_ins(
         self, keys: frozenset[tuple[str, int]], originals: Mapping[str, nn.ModuleList]
     ) -> dict[str, nn.ModuleList]:
         """Return the lists with stand-ins at some places, built once and kept."""

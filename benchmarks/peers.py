@@ -19,6 +19,7 @@ from ditune.db.files import write_atomically
 from ditune.miniature.system import MiniatureSource
 from ditune.reports import rivals
 from ditune.tuner.bench import Bench, Options
+from ditune.tuner.peers import ours
 from ditune.tuner.quality import parse_constraints
 
 _MEANS = (35, 40, 45)
@@ -54,13 +55,14 @@ def _add(benchmark: Benchmark, comparison: Comparison) -> None:
     )
     for standing in comparison.standings:
         _add_standing(benchmark, standing)
+    own = {s.floors: s for s in comparison.standings if s.peer == ours.NAME}
     for lead in comparison.leads:
         floor = f"{lead.floors[0].floor:g} dB"
         for kind, rival, seen in (
             ("work", lead.best_by_work, lead.work),
             ("wall-clock", lead.best_by_speed, lead.speed),
         ):
-            held = seen.median >= _LEAD and seen.ci95[0] > 1.0
+            held = own[lead.floors].holds and seen.median >= _LEAD and seen.ci95[0] > 1.0
             figure = f"{floor}: ditune / best peer ({rival}), {kind}"
             benchmark.add(Row(figure, seen.median, "x", f">= {_LEAD}", held, seen.ci95, seen.n))
 

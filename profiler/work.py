@@ -23,7 +23,8 @@ class WorkCounter(TorchFunctionMode):
     Matrix products, attention and convolutions count as usual (two operations for a multiplication
     with its addition), a Fourier transform of n values 5 n log2(n), everything else one operation
     per value that it gives; views are free. It sees what torch functions are called, on any device,
-    and costs some microseconds for each: do not time what it counts.
+    and costs some microseconds for each: do not time what it counts. It is blind inside compiled
+    code.
     """
 
     def __init__(self) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from torch import Tensor
 
 STEPS = 12
@@ -59,6 +66,37 @@ def wan_pipeline(layers: int = 4, seed: int = 0) -> WanPipeline:
 @pytest.fixture
 def pipe() -> WanPipeline:
     return wan_pipeline()
+
+
+def tiny_vae() -> AutoencoderKLWan:
+    """Return a tiny codec with random weights, four frames to a latent after the first."""
+    torch.manual_seed(3)
+    return AutoencoderKLWan(
+        base_dim=8,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+    ).eval()
+
+
+@pytest.fixture
+def prompted(pipe: WanPipeline, monkeypatch: pytest.MonkeyPatch) -> WanPipeline:
+    """Return the tiny pipeline taking a prompt: without a text encoder it becomes embeddings."""
+    take_prompts(monkeypatch)
+    return pipe
+
+
+def take_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `WanPipeline` turn a prompt into embeddings by its checksum."""
+    original: Callable[..., Any] = WanPipeline.__call__
+
+    def called(self: WanPipeline, prompt: str, **arguments: Any) -> Any:
+        generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
+        embeds = torch.randn(1, 6, 32, generator=generator)
+        return original(self, prompt_embeds=embeds, **arguments)
+
+    monkeypatch.setattr(WanPipeline, "__call__", called)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
@@ -16,7 +15,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from PIL import Image
-from tests.conftest import wan_pipeline, wan_transformer
+from tests.conftest import tiny_vae, wan_pipeline, wan_transformer
 from torch import nn
 
 from ditune.accel.apply import accelerate
@@ -159,17 +158,10 @@ def test_image_to_video(form: Any) -> None:
     transformer = WanTransformer3DModel(
         **{**dict(wan_transformer().config), "in_channels": 36, "out_channels": 16}
     ).eval()
-    vae = AutoencoderKLWan(
-        base_dim=8,
-        z_dim=16,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-    ).eval()
     pipe = WanImageToVideoPipeline(
         tokenizer=None,
         text_encoder=None,
-        vae=vae,
+        vae=tiny_vae(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         transformer=transformer,
     )

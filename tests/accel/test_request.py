@@ -12,12 +12,13 @@ import torch
 from tests.accel.families_first import FIRST
 from tests.accel.families_second import SECOND
 from tests.conftest import Generate
+from tests.db.conftest import file_of
 
 from ditune.accel.apply import accelerate
 from ditune.accel.fingerprint import detect
 from ditune.accel.request import Request, declared, observed
 from ditune.db.errors import UsageFault
-from ditune.db.records import Evidence, Interval, MaskCache, Policy, PolicyFile
+from ditune.db.records import MaskCache, Policy
 from ditune.db.store import Store
 
 STEPS = 6
@@ -96,26 +97,7 @@ def test_a_policy_is_found_whatever_the_latents_look_like(
     assert workload is not None
     assert (workload.height, workload.width, workload.batch) == (64, 96, 1)
     policy = Policy(cache=MaskCache(actions=("full", "full", "step", "full", "step", "full")))
-    found = PolicyFile(
-        policy_id=policy.id,
-        hardware=hardware,
-        software=software,
-        workload=workload,
-        policy=policy,
-        evidence=Evidence(
-            speedup=Interval(median=1.5, ci95=(1.4, 1.6), n=6),
-            baseline_ms=3.0,
-            tuned_ms=2.0,
-            quality={},
-            bound_by="psnr",
-            candidates=1,
-            prompts_digest="sha256:" + "b" * 64,
-            study="study-1",
-            git_commit=None,
-            created_at="2026-01-02T03:04:05Z",
-            status="measured",
-        ),
-    )
+    found = file_of(policy, hardware=hardware, software=software, workload=workload)
     with Store.open(str(tmp_path / "some.db")) as store:
         store.save_and_activate(found)
     with accelerate(pipe, db=tmp_path / "some.db") as applied:

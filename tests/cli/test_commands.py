@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from tests.db.conftest import EVIDENCE, HARDWARE, SOFTWARE, WORKLOAD
+from tests.db.conftest import file_of
 from typer.testing import CliRunner
 
 from ditune.cli.main import app, main
 from ditune.db.errors import DituneError
-from ditune.db.records import MaskCache, Payload, Policy, PolicyFile
+from ditune.db.records import MaskCache, Payload, Policy
 from ditune.db.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -231,14 +231,7 @@ def test_help_loads_nothing_heavy() -> None:
 
 def stored(policy: Policy) -> str:
     """Put a policy into the default database; return its id."""
-    found = PolicyFile(
-        policy_id=policy.id,
-        hardware=HARDWARE,
-        software=SOFTWARE,
-        workload=WORKLOAD,
-        policy=policy,
-        evidence=EVIDENCE,
-    )
+    found = file_of(policy)
     with Store.open(os.environ["DITUNE_DB"]) as store:
         store.save_and_activate(found)
     return found.policy_id

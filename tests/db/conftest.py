@@ -73,18 +73,23 @@ def make_file() -> MakeFile:
     """Return a function that builds policy files; changes replace whole records."""
 
     def make(last: str = "step", **changes: Any) -> PolicyFile:
-        policy = Policy(cache=MaskCache(actions=("full", "full", "step", last)))  # type: ignore[arg-type]
-        parts: dict[str, Any] = {
-            "policy_id": policy.id,
-            "hardware": HARDWARE,
-            "software": SOFTWARE,
-            "workload": WORKLOAD,
-            "policy": policy,
-            "evidence": EVIDENCE,
-        }
-        return PolicyFile(**(parts | changes))
+        mask = MaskCache(actions=("full", "full", "step", last))  # type: ignore[arg-type]
+        return file_of(Policy(cache=mask), **changes)
 
     return make
+
+
+def file_of(policy: Policy, **changes: Any) -> PolicyFile:
+    """Return the file of a policy as if it had been proved here."""
+    parts: dict[str, Any] = {
+        "policy_id": policy.id,
+        "hardware": HARDWARE,
+        "software": SOFTWARE,
+        "workload": WORKLOAD,
+        "policy": policy,
+        "evidence": EVIDENCE,
+    }
+    return PolicyFile(**(parts | changes))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.db.conftest import file_of
 
 from ditune.db import policy_file
 from ditune.db.errors import CorruptData, UsageFault
@@ -60,9 +61,9 @@ def data_of(saved: PolicyFile) -> bytes:
 
 @given(policy=policies)
 @quick(60)
-def test_every_policy_survives_a_file(policy: Policy, make_file: MakeFile, tmp_path: Path) -> None:
+def test_every_policy_survives_a_file(policy: Policy, tmp_path: Path) -> None:
     path = tmp_path / "policy.json"
-    saved = make_file(policy=policy, policy_id=policy.id)
+    saved = file_of(policy)
     policy_file.write(saved, path)
     assert saved == policy_file.read(path)
     assert [path] == list(tmp_path.iterdir())

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.pool import NullPool, Pool
+from tests.db.conftest import file_of
 
 from ditune.db import engine as engines
 from ditune.db.errors import CorruptData, DituneError, StoreFault, UsageFault
@@ -95,7 +96,7 @@ def test_ids_that_name_no_single_policy_are_refused(store: Store, make_file: Mak
     names = ("step", "cfg", "block", "full")
     saved = [make_file(last) for last in names]
     saved += [
-        make_file(policy=policy, policy_id=policy.id)
+        file_of(policy)
         for n in range(20)
         for policy in [
             saved[0].policy.model_copy(

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import pytest
 import torch
 from diffusers import WanPipeline
 from tests.conftest import Generate
@@ -8,25 +7,12 @@ from tests.conftest import Generate
 from ditune.profiler.impact import impacts
 
 CALL = {
-    "prompt_embeds": torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0)),
     "negative_prompt_embeds": torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(9)),
     "height": 32,
     "width": 32,
     "num_frames": 5,
     "num_inference_steps": 12,
 }
-
-
-@pytest.fixture
-def prompted(pipe: WanPipeline, monkeypatch: pytest.MonkeyPatch) -> WanPipeline:
-    """The tiny pipeline has no text encoder: its prompt is the embeddings in the call."""
-    original = type(pipe).__call__
-
-    def called(self: WanPipeline, prompt: str, **arguments: object) -> object:
-        return original(self, **arguments)
-
-    monkeypatch.setattr(type(pipe), "__call__", called)
-    return pipe
 
 
 def test_errors_of_guidance_weigh_more_the_stronger_it_is(prompted: WanPipeline) -> None:

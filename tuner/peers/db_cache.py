@@ -47,10 +47,10 @@ def forecasts(source: Source) -> list[Setting]:
 
 
 def masks(source: Source) -> list[Setting]:
-    """Return its static step masks, every n-th step computed, with and without a calibrator."""
+    """Return its static step masks, every n-th step computed, alone and with a calibrator."""
     steps = int(source.call["num_inference_steps"])
     found = []
-    for period, order in product(_PERIODS, (0, 1)):
+    for period, order in product(_PERIODS, (0, 1, 2)):
         computed = [int(step < _WARMUP or (step - _WARMUP) % period == 0) for step in range(steps)]
         config = {
             "Fn_compute_blocks": 1,

@@ -53,13 +53,7 @@ def bench(
     from ditune.tuner.peers.catalogue import PEERS
     from ditune.tuner.quality import parse_constraints
 
-    call = {
-        "num_inference_steps": steps,
-        "height": height,
-        "width": width,
-        "num_frames": frames,
-        "guidance_scale": guidance,
-    }
+    call = sources.call_arguments(steps, height, width, frames, guidance)
     load = sources.source_loader(model, miniature, None, prompts, call)
     floors = [parse_constraints(text) for text in quality or ()]
     names = [name.strip() for name in peers.split(",")] if peers is not None else list(PEERS)

@@ -32,13 +32,7 @@ def profile(
     from ditune.db.store import Store
     from ditune.profiler.record import profile as record
 
-    call = {
-        "num_inference_steps": steps,
-        "height": height,
-        "width": width,
-        "num_frames": frames,
-        "guidance_scale": guidance,
-    }
+    call = sources.call_arguments(steps, height, width, frames, guidance)
     url = sources.database_url(db)
     with Store.open(url) as store:
         source = sources.source_loader(model, miniature, small_model, prompts, call)()

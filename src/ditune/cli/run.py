@@ -149,13 +149,8 @@ def _run(
 
 
 def _source(asked: Mapping[str, Any]) -> Callable[[], Source]:
-    call = {
-        "num_inference_steps": asked["steps"],
-        "height": asked["height"],
-        "width": asked["width"],
-        "num_frames": asked["frames"],
-        "guidance_scale": asked["guidance"],
-    }
+    given = [asked[name] for name in ("steps", "height", "width", "frames", "guidance")]
+    call = sources.call_arguments(*given)
     prompts = Path(asked["prompts"]) if asked["prompts"] else None
     return sources.source_loader(
         asked["model"], asked["miniature"], asked["small_model"], prompts, call

@@ -42,6 +42,23 @@ Frames = Annotated[int | None, typer.Option("--frames", min=1, help="Video frame
 Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance scale.")]
 
 
+def call_arguments(
+    steps: int | None,
+    height: int | None,
+    width: int | None,
+    frames: int | None,
+    guidance: float | None,
+) -> dict[str, Any]:
+    """Return the options of a call under the names that diffusers gives them."""
+    return {
+        "num_inference_steps": steps,
+        "height": height,
+        "width": width,
+        "num_frames": frames,
+        "guidance_scale": guidance,
+    }
+
+
 def quieten_libraries() -> None:
     """Keep model libraries from writing progress bars and advice over ours, and from the network.
 
