@@ -21,6 +21,8 @@ from ditune.profiler.statistics import quantiles
 from ditune.profiler.timing import LayerClock, layers_of, timed
 from ditune.profiler.trajectory import Trajectory, TrajectoryRecorder
 
+_WARMUP_STEPS = 2  # they touch every part once
+
 
 @dataclass(frozen=True)
 class Recorded:
@@ -58,8 +60,8 @@ def record(
 ) -> Recorded:
     """Run a pipeline on some prompts and return its profile and trajectories.
 
-    Three passes, so that no instrument disturbs another: layers with clocks on them (first prompt
-    only, which warms up), whole calls timed bare, and redundancy with every forward watched.
+    After a short warm-up three passes, so that no instrument disturbs another: layers with clocks
+    on them (first prompt only), whole calls timed bare, and redundancy with every forward watched.
 
     Args:
         pipe: A diffusers pipeline without ditune on.
@@ -79,10 +81,12 @@ def record(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
-    def run(index: int) -> Any:
+    def run(index: int, **changes: Any) -> Any:
         generator = torch.Generator().manual_seed(seed + index)
-        return pipe(prompt=prompts[index], generator=generator, **arguments)
+        return pipe(prompt=prompts[index], generator=generator, **{**arguments, **changes})
 
+    progress("warming up")
+    run(0, **_short(arguments))
     progress("timing layers")
     with LayerClock(device).attached(layers_of(pipe)) as clock:
         run(0)
@@ -113,6 +117,12 @@ def record(
         forward_bytes=watched.redundancy.forward_bytes(),
     )
     return Recorded(found, watched.trajectories.trajectories(), tuple(outputs))
+
+
+def _short(arguments: Mapping[str, Any]) -> dict[str, int]:
+    """Return what makes a call short enough to warm up with; nothing where its steps are listed."""
+    listed = arguments.get("sigmas") is not None or arguments.get("timesteps") is not None
+    return {} if listed else {"num_inference_steps": _WARMUP_STEPS}
 
 
 class _Watched:

@@ -149,7 +149,7 @@ class Session:
 
     def _profile(self) -> Recorded:
         options = self.options
-        total = 2 * options.profile_prompts + 2
+        total = 2 * options.profile_prompts + 3
         done = -1
 
         def note(words: str) -> None:
