@@ -33,6 +33,13 @@ def denoisers(pipe: Any) -> list[nn.Module]:
             f"{type(pipe).__name__} has no transformer: ditune accelerates diffusion transformers, "
             "pass a pipeline that has one as `transformer`"
         )
+    for model in models:
+        if hasattr(model, "_orig_mod"):
+            raise UsageFault(
+                "the transformer was replaced by torch.compile(transformer): ditune decides in the "
+                "original's place, so call transformer.compile() or, to compile faster, "
+                "transformer.compile_repeated_blocks() instead"
+            )
     return models
 
 

@@ -253,35 +253,53 @@ class Applied:
     ) -> Any:
         """Do one forward of a denoiser: computed, reused, or done by the small model."""
         if os.environ.get(DISABLE_VARIABLE) == "1":
-            return hook.original(*args, **kwargs)
+            return hook.whole(module, *args, **kwargs)
         latents = latents_of(args, kwargs)
         where = self._locator.locate(hook.context(), kwargs)
         if where is None:
             self._warn("this pipeline does not say which guidance branch runs: it stays as it is")
-            return hook.original(*args, **kwargs)
+            return hook.whole(module, *args, **kwargs)
         if self._locator.begins(where):
             self._episode = self._begin(where, module, latents)
         episode = self._episode
         if episode is None or episode.policy is None:
-            return hook.original(*args, **kwargs)
+            return hook.whole(module, *args, **kwargs)
         small = episode.small if episode.hands_over(where) else None
-        run = hook.original if small is None else small
+        stack = self._stack(small or module)
+        run = self._runner(hook, module, stack) if small is None else small
 
         def compute(*, conditional_half: bool = False) -> Tensor:
             if not conditional_half:
                 output = Output.of(run(*args, **kwargs))
                 self._rebuild[id(module)] = output.rebuild
-                return output.sample
+                return output.sample.clone() if hook.compiled is not None else output.sample
             count = len(latents)
             half = run(*second_half(args, count), **second_half(kwargs, count))
-            return Output.of(half).sample
+            return Output.of(half).sample.clone()
 
         before = episode.tally.computed
         inputs = Inputs(latents, kwargs.get("timestep"))
-        sample = episode.forward(where, self._stack(small or module), inputs, compute)
+        sample = episode.forward(where, stack, inputs, compute)
         if small is not None:
             episode.tally.small_forwards += episode.tally.computed - before
         return self._rebuild[id(module)](sample)
+
+    def _runner(
+        self, hook: ForwardHook, module: nn.Module, stack: BlockStack
+    ) -> Callable[..., Any]:
+        """Return what runs a model's own forward; compiled code would not see stand-ins in it."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not stack.replaced:
+                return hook.whole(module, *args, **kwargs)
+            if hook.compiled is not None:
+                self._warn(
+                    f"{type(module).__name__} is compiled as a whole and the policy looks at its "
+                    "blocks: those forwards run uncompiled, use compile_repeated_blocks() instead"
+                )
+            return hook.original(*args, **kwargs)
+
+        return run
 
     def _stack(self, model: nn.Module) -> BlockStack:
         """Return the chain of blocks of a model; what was learnt about it outlives the call."""

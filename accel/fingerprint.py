@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ditune.accel.anatomy import denoisers
-from ditune.accel.internals import active_attention_backend
+from ditune.accel.internals import active_attention_backend, is_compiled
 from ditune.accel.request import Request, declared
 from ditune.accel.versions import software
 from ditune.db.digest import digest_bytes
@@ -134,7 +134,7 @@ def workload(pipe: Any, request: Request, small: nn.Module | None = None) -> Wor
         guidance=request.guidance,
         batch=request.batch,
         attention_backend=active_attention_backend(),
-        compile_mode="compiled" if _is_compiled(model) else None,
+        compile_mode="compiled" if is_compiled(model) else None,
     )
 
 
@@ -158,7 +158,3 @@ def weights_revision(model: nn.Module) -> str:
             head = tensor.detach().flatten()[:_SAMPLED_VALUES]
             seen.update(head.to("cpu", torch.float32).numpy().tobytes())
     return "sampled-" + seen.hexdigest()[:16]
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())

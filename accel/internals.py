@@ -55,6 +55,7 @@ class ForwardHook(ModelHook):  # type: ignore[misc]  # likewise
         """Create a hook that is attached to nothing yet."""
         super().__init__()
         self.manager = StateManager(_NoState)
+        self.compiled: Callable[..., Any] | None = None
 
     def context(self) -> Context | None:
         """Return what the pipeline said about the forward that is running, None if nothing."""
@@ -68,9 +69,32 @@ class ForwardHook(ModelHook):  # type: ignore[misc]  # likewise
         """Run the forward that the hook stands around."""
         return self.fn_ref.original_forward(*args, **kwargs)
 
+    def whole(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run that forward, compiled if the module was compiled as a whole.
+
+        Tensors of a compiled forward may be memory of a CUDA graph, which the next one overwrites:
+        what outlives a forward must be a copy.
+        """
+        if self.compiled is None:
+            return self.original(*args, **kwargs)
+        hooked = module.forward
+        module.forward = self.fn_ref.original_forward
+        try:
+            return self.compiled(*args, **kwargs)
+        finally:
+            module.forward = hooked
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Called by diffusers in place of the module's forward."""
+        self.take_compiled(module)
         return self.around(module, args, kwargs)
+
+    def take_compiled(self, module: nn.Module) -> None:
+        """Move the compiled call of a module inside the hook, so that the hook is not compiled."""
+        if module._compiled_call_impl is not None:
+            self.compiled = module._compiled_call_impl
+            module._compiled_call_impl = None
 
     def around(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do the work of one forward."""
@@ -110,14 +134,27 @@ def attach(module: nn.Module, hook: ForwardHook, name: str = HOOK_NAME) -> None:
             "call .remove() on the earlier result of accelerate() first"
         )
     registry.register_hook(hook, name)
+    hook.take_compiled(module)
     registry.invalidate_child_registries_cache()  # else a model that ran before gives no context
 
 
 def detach(module: nn.Module, name: str = HOOK_NAME) -> None:
     """Take a hook off again; the module's original forward is back."""
     registry = HookRegistry.check_if_exists_or_initialize(module)
+    hook = registry.get_hook(name)
+    if isinstance(hook, ForwardHook) and hook.compiled is not None:
+        module._compiled_call_impl = hook.compiled
     registry.remove_hook(name, recurse=False)
     registry.invalidate_child_registries_cache()
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a module or a part of it is compiled, with or without a hook around it."""
+    registry = getattr(model, "_diffusers_hook", None)
+    hooks = registry.hooks.values() if registry is not None else ()
+    return any(getattr(hook, "compiled", None) is not None for hook in hooks) or any(
+        getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()
+    )
 
 
 @dataclass(frozen=True)

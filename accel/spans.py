@@ -15,7 +15,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ditune.accel.anatomy import block_lists
-from ditune.accel.streams import Seen, Slot, Streams, as_tuple, streams_of
+from ditune.accel.streams import Learner, Slot, Streams, as_tuple
 from ditune.db.errors import UsageFault
 
 Span = tuple[int, int]  # blocks that always run at the front and at the back of the chain
@@ -43,6 +43,20 @@ class Recording:
     residuals: list[Residual | None] = field(default_factory=list)
 
 
+@dataclass
+class _Lesson:
+    """The first forward of a stack, watched whole."""
+
+    order: list[str] = field(default_factory=list)  # of lists; equal neighbours are one
+    learners: dict[str, Learner] = field(default_factory=dict)
+
+    def enter(self, name: str, arguments: Mapping[Slot, Any]) -> None:
+        """See a block of a list being called."""
+        if self.order[-1:] != [name]:
+            self.order.append(name)
+        self.learners.setdefault(name, Learner()).enter(arguments)
+
+
 class BlockStack:
     """The chain of blocks of one denoiser."""
 
@@ -54,6 +68,7 @@ class BlockStack:
         """
         self.model = model
         self.names = tuple(block_lists(model))
+        self.replaced = False  # whether stand-ins are in the model now
         self.problem = ""  # why spans cannot be left out, once that is known
         self._streams: dict[str, Streams] = {}
         self._copies = False  # blocks change their inputs in place
@@ -100,12 +115,11 @@ class BlockStack:
         left out (`problem` then says why).
         """
         recording = Recording([self.segments(span) for span in spans])
-        seen: list[Seen] = []
-        learning = not self._streams and not self.problem
-        with self._replaced(self._recorders(recording, seen if learning else None)):
+        lesson = None if self._streams or self.problem else _Lesson()
+        with self._replaced(self._recorders(recording, lesson)):
             yield recording
-        if learning:
-            self._learn(seen)
+        if lesson is not None:
+            self._learn(lesson)
         self._settle(recording)
 
     def _settle(self, recording: Recording) -> None:
@@ -116,27 +130,31 @@ class BlockStack:
         else:
             recording.residuals = [self._residual(recording, span) for span in recording.spans]
         self._copies = self._copies or changed  # from the next forward on
+        for held in (recording.entered, recording.left, recording.versions):
+            held.clear()
 
     def _recorders(
-        self, recording: Recording, seen: list[Seen] | None
+        self, recording: Recording, lesson: _Lesson | None
     ) -> dict[tuple[str, int], _Run]:
         """Return a runner for every block that has something to tell."""
         enter = {(s.name, s.first) for span in recording.spans for s in span}
         leave = {(s.name, s.last) for span in recording.spans for s in span}
         keys = enter | leave
-        if seen is not None:
+        if lesson is not None:
             keys = {(n, i) for n, blocks in self.lists.items() for i in range(len(blocks))}
 
         def runner(key: tuple[str, int]) -> _Run:
             def run(block: nn.Module, arguments: dict[Slot, Any], call: _Run) -> Any:
                 if key in enter:
                     recording.entered[key] = self._kept(arguments, recording)
+                if lesson is not None:
+                    lesson.enter(key[0], arguments)
                 output = call()
                 if key in leave:
                     kept = self._kept(dict(enumerate(as_tuple(output))), recording)
                     recording.left[key] = tuple(kept.values())
-                if seen is not None:
-                    seen.append(Seen(*key, arguments, output))
+                if lesson is not None:
+                    lesson.learners[key[0]].leave(arguments, output)
                 return output
 
             return run
@@ -167,18 +185,17 @@ class BlockStack:
 
     # --- learning ------------------------------------------------------------------------------
 
-    def _learn(self, seen: list[Seen]) -> None:
-        order = [call.name for call in seen]
-        if not seen:
+    def _learn(self, lesson: _Lesson) -> None:
+        order = lesson.order
+        if not order:
             self.problem = f"{type(self.model).__name__} did not run its blocks {self.names}"
             return
-        if len(_grouped(order)) > len(set(order)):
-            lists = " and ".join(dict.fromkeys(order))
+        if len(order) > len(lesson.learners):
+            lists = " and ".join(lesson.learners)
             self.problem = f"its blocks alternate between {lists}"
             return
-        for name in dict.fromkeys(order):
-            calls = [call for call in seen if call.name == name]
-            streams = streams_of(calls)
+        for name, learner in lesson.learners.items():
+            streams = learner.streams()
             if streams is None:
                 kind = type(self.lists[name][0]).__name__
                 self.problem = f"{kind} returns something that no next block takes"
@@ -260,11 +277,13 @@ class BlockStack:
         lists = self._with_stand_ins(frozenset(runners), originals)
         for (name, index), run in runners.items():
             object.__setattr__(lists[name][index], "run", run)
+        self.replaced = True
         try:
             self.model._modules.update(lists)
             yield
         finally:
             self.model._modules.update(originals)
+            self.replaced = False
 
     def _with_stand_ins(
         self, keys: frozenset[tuple[str, int]], originals: Mapping[str, nn.ModuleList]
@@ -326,7 +345,3 @@ def _skipping(
         return step
 
     return {(segment.name, i): run(i) for i in range(segment.first, segment.last + 1)}
-
-
-def _grouped(names: Sequence[str]) -> list[str]:
-    return [name for i, name in enumerate(names) if i == 0 or names[i - 1] != name]

@@ -43,53 +43,59 @@ class Streams:
         return values[0] if self.single else values
 
 
-@dataclass
-class Seen:
-    """One block's call while streams are learnt."""
+class Learner:
+    """Watches the calls of one list's blocks; it holds no tensor longer than to the next call."""
 
-    name: str
-    index: int
-    arguments: dict[Slot, Any]
-    output: Any
+    def __init__(self) -> None:
+        """Know nothing yet."""
+        self.trouble = False
+        self._previous: tuple[Any, ...] = ()
+        self._none: list[bool] = []  # for each output, whether every block returned None there
+        self._fallback: list[list[Slot]] = []  # arguments of the first block that are shaped alike
+        self._votes: list[Counter[Slot]] = []  # arguments that were the output before
+        self._single = False
+
+    def enter(self, arguments: Mapping[Slot, Any]) -> None:
+        """See what a block is called with, and which of it the block before returned."""
+        for votes, value in zip(self._votes, self._previous, strict=False):
+            votes.update(slot for slot, held in arguments.items() if held is value)
+        self._previous = ()
+
+    def leave(self, arguments: Mapping[Slot, Any], output: Any) -> None:
+        """See what it returned."""
+        values = as_tuple(output)
+        if not self._votes:
+            self._single = not isinstance(output, tuple | list)
+            self._none = [True] * len(values)
+            self._fallback = [_shaped_like(value, arguments) for value in values]
+            self._votes = [Counter() for _ in values]
+        self.trouble = self.trouble or len(values) != len(self._votes)
+        pairs = zip(self._none, values, strict=False)
+        self._none = [before and value is None for before, value in pairs]
+        self._previous = values
+
+    def streams(self) -> Streams | None:
+        """Return which argument each output becomes, None if that cannot be told."""
+        self._previous = ()
+        slots: list[Slot | None] = []
+        for none, votes, alike in zip(self._none, self._votes, self._fallback, strict=False):
+            likely = [slot for slot, _ in votes.most_common()] or alike
+            free = [slot for slot in likely if slot not in slots]
+            if not none and not free:
+                return None
+            slots.append(None if none else free[0])
+        return None if self.trouble else Streams(tuple(slots), self._single)
 
 
-def streams_of(calls: Sequence[Seen]) -> Streams | None:
-    """Return which argument each output becomes, None if that cannot be told."""
-    outputs = [as_tuple(call.output) for call in calls]
-    if len({len(output) for output in outputs}) != 1:
-        return None
-    slots: list[Slot | None] = []
-    for position in range(len(outputs[0])):
-        if all(output[position] is None for output in outputs):
-            slots.append(None)
-            continue
-        slot = _next_slot(calls, outputs, position, taken=slots)
-        if slot is None:
-            return None
-        slots.append(slot)
-    return Streams(tuple(slots), single=not isinstance(calls[0].output, tuple | list))
-
-
-def _next_slot(
-    calls: Sequence[Seen],
-    outputs: Sequence[tuple[Any, ...]],
-    position: int,
-    taken: Sequence[Slot | None],
-) -> Slot | None:
-    """Return the argument that holds one output: the same tensor, else the first of its shape."""
-    votes: Counter[Slot] = Counter()
-    for call, output in zip(calls[1:], outputs, strict=False):
-        value = output[position]
-        votes.update(s for s, held in call.arguments.items() if held is value and s not in taken)
-    if votes:
-        return votes.most_common(1)[0][0]
-    value = outputs[0][position]
+def _shaped_like(value: Any, arguments: Mapping[Slot, Any]) -> list[Slot]:
+    """Return the arguments with a tensor of a value's shape."""
     if not isinstance(value, Tensor):
-        return None
-    for slot, held in calls[0].arguments.items():
-        if isinstance(held, Tensor) and held.shape == value.shape and slot not in taken:
-            return slot
-    return None
+        return []
+    return [
+        slot
+        for slot, held in arguments.items()
+        if isinstance(held, Tensor) and held.shape == value.shape
+    ]
 
 
 def as_tuple(output: Any) -> tuple[Any, ...]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -62,34 +64,30 @@ class Frontier:
 
 
 class Oracle:
-    """Searches the masks of one prompt after the other."""
+    """Searches the masks of one prompt; what it found is in a file of its own."""
 
-    def __init__(self, source: MiniatureSource, log: Path) -> None:
-        """Take up what the log holds."""
-        self.source = source
+    def __init__(self, source: MiniatureSource, case: Case, folder: Path) -> None:
+        """Take up what the file holds."""
+        self.case = case
         self.steps = int(source.call["num_inference_steps"])
+        self.frontier = Frontier()
         self._evaluator = Evaluator(source, parse_constraints("psnr>=0"))
-        self._log = log
-        self.frontiers: dict[Case, Frontier] = {}
-        for line in log.read_text().splitlines() if log.exists() else ():
+        self._log = folder / f"{case.seed}.jsonl"
+        for line in self._log.read_text().splitlines() if self._log.exists() else ():
             found = json.loads(line)
-            frontier = self.frontiers.setdefault(Case(found["prompt"], found["seed"]), Frontier())
-            frontier.tried[tuple(found["computed"])] = found["psnr"]
+            self.frontier.tried[tuple(found["computed"])] = found["psnr"]
 
-    def search(self, case: Case, starts: Iterable[Mask], floors: Sequence[float]) -> None:
-        """Spend the evaluations of one prompt: the starts first, then changes of the best masks."""
-        frontier = self.frontiers.setdefault(case, Frontier())
+    def search(self, starts: Iterable[Mask], floors: Sequence[float]) -> None:
+        """Spend the evaluations of the prompt: the starts first, then changes of the best masks."""
         for mask in starts:
-            self._try(case, frontier, mask)
-        source = random.Random(case.seed)
-        while len(frontier.tried) < _EVALUATIONS:
-            best = frontier.best()
+            self._try(mask)
+        source = random.Random(self.case.seed)
+        while len(self.frontier.tried) < _EVALUATIONS:
+            best = self.frontier.best()
             near = [
                 k for k, (psnr, _) in best.items() if min(abs(psnr - f) for f in floors) < _NEAR_DB
             ]
-            self._try(
-                case, frontier, self._changed(best, source.choice(near or list(best)), source)
-            )
+            self._try(self._changed(best, source.choice(near or list(best)), source))
 
     def _changed(
         self, best: dict[int, tuple[float, Mask]], count: int, source: random.Random
@@ -102,21 +100,50 @@ class Oracle:
         computed = set(best[count][1])
         for _ in range(1 if source.random() < 0.7 else 2):
             moved = source.choice(sorted(computed - {0}))
-            free = [s for s in range(moved - 3, moved + 4) if 0 < s < self.steps]
-            computed = (computed - {moved}) | {
-                source.choice([s for s in free if s not in computed])
-            }
+            free = [s for s in range(1, self.steps) if s not in computed]
+            near = [s for s in free if abs(s - moved) <= 3]
+            computed = (computed - {moved}) | {source.choice(near or free)}
         return tuple(sorted(computed))
 
-    def _try(self, case: Case, frontier: Frontier, mask: Mask) -> None:
-        if mask in frontier.tried or not mask or mask[0] != 0:
+    def _try(self, mask: Mask) -> None:
+        if mask in self.frontier.tried or not mask or mask[0] != 0:
             return
-        outcome = self._evaluator.measure(policy(mask, self.steps), case, paired=False)
+        outcome = self._evaluator.measure(policy(mask, self.steps), self.case, paired=False)
         psnr = outcome.values["psnr"]
-        frontier.tried[mask] = psnr
-        line = {"prompt": case.prompt, "seed": case.seed, "computed": mask, "psnr": psnr}
+        self.frontier.tried[mask] = psnr
+        line = {"prompt": self.case.prompt, "computed": mask, "psnr": psnr}
         with self._log.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to search one prompt."""
+
+    case: Case
+    folder: Path
+    planned: tuple[Mask, ...]
+    floors: tuple[float, ...]
+    comparison: Comparison | None
+
+
+def searched(job: Job) -> dict[int, tuple[float, Mask]]:
+    """Search one prompt; return quality and mask by number of computed steps."""
+    quieten_libraries()
+    source = MiniatureSource()
+    starts = list(job.planned)
+    if job.comparison is not None:
+        starts += _of_standings(source, job.comparison, job.folder, job.case)
+    oracle = Oracle(source, job.case, _logs(job.folder))
+    oracle.search(starts, job.floors)
+    print(f"{job.case.prompt}: {len(oracle.frontier.tried)} masks", flush=True)
+    return oracle.frontier.best()
+
+
+def _logs(folder: Path) -> Path:
+    found = folder / "oracle"
+    found.mkdir(parents=True, exist_ok=True)
+    return found
 
 
 def policy(computed: Mask, steps: int) -> Policy:
@@ -151,22 +178,17 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
     if not path.exists():
         raise UsageFault(f"there is no {path}: run python -m benchmarks.peers first")
     comparison = Comparison.model_validate_json(path.read_text())
+    benchmark.conditions["evaluations"] = f"at least {_EVALUATIONS} a prompt"
     source = MiniatureSource()
-    oracle = Oracle(source, folder / "oracle.jsonl")
     cases = held_out_cases(source, Options())[: 1 if arguments.quick else _PROMPTS]
-    floors = [lead.floors[0].floor for lead in comparison.leads]
-    planned = _planned(source)
-    for index, case in enumerate(cases):
-        benchmark.conditions["evaluations"] = f"{_EVALUATIONS} a prompt"
-        starts = [*planned, *_of_standings(source, comparison, folder, case)]
-        oracle.search(case, starts, floors)
-        print(f"prompt {index + 1} of {len(cases)}: {case.prompt}", flush=True)
-    fixed, each = _work(source, oracle.steps, cases[0])
-    frontiers = [oracle.frontiers[case].best() for case in cases]
+    floors = tuple(lead.floors[0].floor for lead in comparison.leads)
+    frontiers = search(source, cases, folder, floors, comparison)
+    fixed, each = _work(source, cases[0])
+    steps = int(source.call["num_inference_steps"])
     for lead in comparison.leads:
         mean, worst = lead.floors[0].floor, lead.floors[1].floor
         counts = allocated(frontiers, mean, worst)
-        work = (fixed + oracle.steps * each) / (fixed + float(np.mean(counts)) * each)
+        work = (fixed + steps * each) / (fixed + float(np.mean(counts)) * each)
         own = next(
             s for s in comparison.standings if s.peer == ours.NAME and s.floors == lead.floors
         )
@@ -176,6 +198,22 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
         share = own.work_ratio.median / work
         held = share >= _TARGET
         benchmark.add(Row(f"{name}: ditune / oracle", share, "", f">= {_TARGET}", held))
+
+
+def search(
+    source: MiniatureSource,
+    cases: Sequence[Case],
+    folder: Path,
+    floors: tuple[float, ...],
+    comparison: Comparison | None = None,
+) -> list[dict[int, tuple[float, Mask]]]:
+    """Search all prompts, on as many cores as there are; a mask is evaluated on one thread."""
+    planned = tuple(_planned(source))
+    jobs = [Job(case, folder, planned, floors, comparison) for case in cases]
+    workers = min(len(os.sched_getaffinity(0)), len(jobs))
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(workers, torch.set_num_threads, (1,)) as pool:
+        return pool.map(searched, jobs, chunksize=1)
 
 
 def _planned(source: MiniatureSource) -> list[Mask]:
@@ -213,8 +251,10 @@ def _of_standings(
     return found
 
 
-def _work(source: MiniatureSource, steps: int, case: Case) -> tuple[float, float]:
+def _work(source: MiniatureSource, case: Case) -> tuple[float, float]:
     """Return the operations of a video beside its steps, and of one computed step."""
+
+    steps = int(source.call["num_inference_steps"])
 
     def counted(computed: Mask) -> int:
         generator = torch.Generator().manual_seed(case.seed)

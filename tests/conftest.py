@@ -112,9 +112,10 @@ def generate() -> Generate:
     uncond = torch.randn(1, 6, 32, generator=source)
 
     def call(pipe: WanPipeline, steps: int = STEPS, **changes: object) -> Tensor:
+        device = pipe._execution_device
         arguments = {
-            "prompt_embeds": cond,
-            "negative_prompt_embeds": uncond,
+            "prompt_embeds": cond.to(device),
+            "negative_prompt_embeds": uncond.to(device),
             "height": 32,
             "width": 32,
             "num_frames": 5,

@@ -19,6 +19,7 @@ from tests.conftest import tiny_vae, wan_pipeline, wan_transformer
 from torch import nn
 
 from ditune.accel.apply import accelerate
+from ditune.db.errors import UsageFault
 from ditune.db.records import Action, MaskCache, Payload, Policy, RuleCache
 
 STEPS = 12
@@ -246,3 +247,37 @@ def test_compiled_blocks_stay_one_graph_without_breaks(
         assert applied.summary().steps["full"] < STEPS
     assert backend.graphs == 1
     assert not dynamo["graph_break"]
+
+
+@pytest.mark.parametrize("first", ["compile", "accelerate"])
+@pytest.mark.parametrize("form", ["output", "hidden"])
+@pytest.mark.usefixtures("dynamo")
+def test_a_model_that_is_compiled_as_a_whole(
+    generate: Generate, first: str, form: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is compiled once, without ditune's own code in it, and still is after removal."""
+    policy = masked(("full", "full", "step", "full") * 3, payload=Payload(form=form, order=1))
+    pipe = wan_pipeline()
+    plain = generate(pipe)
+    with accelerate(pipe, policy):
+        eager = generate(pipe)
+    backend = CountingBackend()
+    whole = {"backend": backend, "fullgraph": first == "compile"}
+    if first == "compile":
+        pipe.transformer.compile(**whole)
+    with accelerate(pipe, policy) as applied:
+        if first == "accelerate":
+            pipe.transformer.compile(**whole)
+        for _ in range(2):
+            torch.testing.assert_close(generate(pipe), eager)
+        assert applied.summary().steps == {"full": 9, "step": 3}
+        assert ("run uncompiled" in caplog.text) == (form == "hidden")
+    torch.testing.assert_close(generate(pipe), plain)
+    assert pipe.transformer._compiled_call_impl is not None
+    assert backend.graphs == 1
+
+
+def test_a_transformer_that_was_replaced_by_its_compiled_self_is_refused(pipe: WanPipeline) -> None:
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    with pytest.raises(UsageFault, match="compile_repeated_blocks"):
+        accelerate(pipe, masked())

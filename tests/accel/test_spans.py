@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -178,3 +179,23 @@ def test_other_names_are_found_by_structure() -> None:
     assert BlockStack(Unrelated()).names == ("trunk",)
     with pytest.raises(UsageFault, match="no list of repeated blocks"):
         BlockStack(nn.Linear(2, 2))
+
+
+def test_no_forward_holds_on_to_the_outputs_of_all_blocks() -> None:
+    """The streams of a large model are gigabytes: the one that is watched whole holds two."""
+    model = Single()
+    stack = BlockStack(model)
+    outputs: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def note(_: nn.Module, __: Any, output: Tensor) -> None:
+        outputs.append(weakref.ref(output))
+        alive.append(sum(found() is not None for found in outputs))
+
+    for block in model.blocks:
+        block.register_forward_hook(note)
+    for _ in range(2):
+        with stack.recording([(0, 0)]) as recording:
+            model(torch.randn(2, 3))
+        assert recording.residuals[0] is not None
+    assert max(alive) <= 2
