@@ -1,0 +1,283 @@
+"""The grouped GEMM on a GPU, in bf16: what share of a dense GEMM's speed it reaches.
+
+Every routing is timed with every configuration, cold L2, beside one dense GEMM of equal operations,
+`torch._grouped_mm` and a loop over experts on the same rows. Needs CUDA, sm_90 for all paths. The
+times of all configurations are written beside the rows, to fit the cost model on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import triton
+from benchmarks.rows import Benchmark, Row, main
+from torch import Tensor
+
+from ditune.db.errors import UsageFault
+from ditune.kernels.reference import Experts, moe_reference
+from ditune.kernels.routing import Routing, route
+from ditune.kernels.triton_grouped_gemm import TileConfig, grouped_gemm
+from ditune.kernels.triton_moe import moe
+
+_WORKERS = 12
+_SIDE = 8192  # of the matrices whose product is the ceiling
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer: tokens and experts, and the sizes of its first GEMM."""
+
+    name: str
+    tokens: int
+    experts: int
+    top_k: int
+    hidden: int
+    inner: int
+
+    @property
+    def rows(self) -> int:
+        """Routed rows."""
+        return self.tokens * self.top_k
+
+    def counts(self, routing: str) -> list[int]:
+        """Return the rows of each expert under a routing."""
+        if routing == "balanced":
+            return [self.rows // self.experts] * self.experts
+        if routing == "best":  # all tokens have the same experts
+            return [self.tokens] * self.top_k + [0] * (self.experts - self.top_k)
+        if routing == "worst":  # most have one row, the rest share what is left
+            few = self.experts - self.top_k
+            each, more = divmod(self.rows - few, self.top_k)
+            return [each + (i < more) for i in range(self.top_k)] + [1] * few
+        shares = [1.0 / (rank + 1) for rank in range(self.experts)]  # zipf
+        found = [int(self.rows * share / sum(shares)) for share in shares]
+        found[0] += self.rows - sum(found)
+        return found
+
+    def indices(self, routing: str) -> Tensor:
+        """Return experts of slots with exactly these counts, shuffled."""
+        counts = torch.tensor(self.counts(routing))
+        flat = torch.arange(self.experts).repeat_interleave(counts)
+        order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(0))
+        return flat[order].reshape(self.tokens, self.top_k).cuda()
+
+
+LARGE = Shape("4096 tokens", 4096, 64, 8, 3584, 2560)
+SMALL = Shape("128 tokens", 128, 64, 8, 3584, 2560)
+ROUTINGS = ("balanced", "best", "worst", "zipf")
+
+
+def configurations(shape: Shape) -> list[TileConfig]:
+    """Return what is tried: large tiles where there are many rows, low ones where there are few."""
+    if shape.tokens >= 1024:
+        tiles = [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4)]
+        tiles += [(128, 128, 64, 4, 4), (64, 256, 64, 4, 4), (128, 128, 128, 8, 3)]
+    else:
+        tiles = [(16, 128, 128, 4, 4), (16, 64, 128, 4, 5), (16, 128, 64, 4, 5)]
+        tiles += [(32, 128, 128, 4, 4), (64, 128, 64, 4, 5), (16, 256, 64, 4, 5)]
+    found = []
+    for (m, n, k, warps, stages), path, stays in itertools.product(
+        tiles, ("ptr", "tma_weights", "tma"), (0, 1)
+    ):
+        found.append(TileConfig(m, n, k, warps, stages, 8, path, stays))
+    best = TileConfig(*tiles[0], 8, "tma_weights", 1)
+    found += [replace(best, group_m=g) for g in (1, 16, 32)]
+    found += [replace(best, order="desc"), replace(best, order="interleave")]
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The first GEMM of a layer under one routing."""
+
+    hidden: Tensor
+    packed: Tensor
+    weight: Tensor
+    routing: Routing
+
+    @classmethod
+    def of(cls, shape: Shape, routing: str, weight: Tensor) -> Inputs:
+        """Draw tokens; rows are packed in advance for the path that needs it."""
+        hidden = torch.randn(shape.tokens, shape.hidden, dtype=torch.bfloat16, device="cuda")
+        routed = route(shape.indices(routing), shape.experts)
+        return cls(hidden, hidden[routed.slots // shape.top_k], weight, routed)
+
+    def run(self, config: TileConfig) -> Tensor:
+        """Run our kernel."""
+        packed = config.path == "tma"
+        rows = self.packed if packed else self.hidden
+        return grouped_gemm(rows, self.weight, self.routing, config, packed=packed)
+
+    def loop(self) -> None:
+        """Run one GEMM after the other; the counts are known to the host, which is generous."""
+        for expert, (first, last) in enumerate(itertools.pairwise(self.bounds)):
+            if last > first:
+                torch.mm(self.packed[first:last], self.weight[expert].T)
+
+    @property
+    def bounds(self) -> list[int]:
+        """First rows of the experts, and the end."""
+        return list(self.routing.rows.tolist())
+
+
+def weights(shape: Shape) -> Tensor:
+    """Return the weights of the first GEMM."""
+    size = (shape.experts, 2 * shape.inner, shape.hidden)
+    return torch.randn(size, dtype=torch.bfloat16, device="cuda") / shape.hidden**0.5
+
+
+def compile_one(work: tuple[Shape, TileConfig]) -> str:
+    """Compile one configuration into Triton's cache, by running it; return what went wrong."""
+    shape, config = work
+    try:
+        Inputs.of(shape, "balanced", weights(shape)).run(config)
+        torch.cuda.synchronize()
+    except Exception as fault:  # a compiler that gives up is a result
+        return f"{config}: {type(fault).__name__}: {str(fault).splitlines()[0]}"
+    return ""
+
+
+def microseconds(work: Callable[[], object]) -> float:
+    """Return the median time with a cold L2."""
+    found = triton.testing.do_bench(work, warmup=15, rep=60, return_mode="median")
+    return float(found) * 1000
+
+
+def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
+    """Check, then time."""
+    if not torch.cuda.is_available():
+        raise UsageFault("there is no CUDA device: this benchmark measures one")
+    torch.manual_seed(0)
+    ceiling = _ceiling(benchmark)
+    shapes = [SMALL] if arguments.quick else [LARGE, SMALL]
+    work = [(shape, config) for shape in shapes for config in configurations(shape)]
+    with multiprocessing.get_context("spawn").Pool(_WORKERS) as pool:
+        faults = [fault for fault in pool.map(compile_one, work, chunksize=1) if fault]
+    for fault in faults:
+        print(fault)
+    sweep = []
+    for shape in shapes:
+        weight = weights(shape)
+        for routing in ROUTINGS:
+            inputs = Inputs.of(shape, routing, weight)
+            times = dict(_timed(inputs, shape))
+            sweep += [
+                {"shape": asdict(shape), "routing": routing, "config": asdict(c), "us": t}
+                for c, t in times.items()
+            ]
+            _add(benchmark, f"{shape.name}, {routing}", inputs, times, ceiling)
+        del weight, inputs
+    _add_layer(benchmark)
+    if arguments.json is not None:
+        path = Path(arguments.json).with_suffix(".sweep.json")
+        path.write_text(json.dumps(sweep) + "\n", encoding="utf-8")
+
+
+def _ceiling(benchmark: Benchmark) -> float:
+    """Return the TFLOP/s of a large dense GEMM, and note the device's copy speed."""
+    a, b = (torch.randn(_SIDE, _SIDE, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    teraflops = 2 * _SIDE**3 / microseconds(lambda: a @ b) / 1e6
+    benchmark.add(Row(f"dense {_SIDE}^3, the ceiling", teraflops, "TFLOP/s"))
+    large = torch.empty(2**32, dtype=torch.uint8, device="cuda")
+    other = torch.empty_like(large)
+    rate = 2 * large.numel() / microseconds(lambda: other.copy_(large)) / 1e3
+    benchmark.add(Row("copy, read and write", rate, "GB/s"))
+    return teraflops
+
+
+def _timed(inputs: Inputs, shape: Shape) -> Iterator[tuple[TileConfig, float]]:
+    """Yield configurations that are right, with their times."""
+    wanted = torch.cat(
+        [
+            inputs.packed[first:last].float() @ inputs.weight[expert].float().T
+            for expert, (first, last) in enumerate(itertools.pairwise(inputs.bounds))
+        ]
+    )
+    for config in configurations(shape):
+        try:
+            found = inputs.run(config).float()
+        except Exception as fault:  # too much shared memory shows only at launch
+            print(config, type(fault).__name__, str(fault).splitlines()[0])
+            continue
+        wrong = (found - wanted).norm() / wanted.norm()
+        if not wrong < 1e-2:
+            print(f"WRONG by {wrong:.2g}: {config}")
+            continue
+        yield config, microseconds(lambda c=config: inputs.run(c))  # type: ignore[misc]
+
+
+def _add(
+    benchmark: Benchmark, name: str, inputs: Inputs, times: dict[TileConfig, float], ceiling: float
+) -> None:
+    rows, n, k = inputs.packed.shape[0], *inputs.weight.shape[1:]
+    flops = 2 * rows * n * k
+    dense = inputs.weight[0]
+    beside = {
+        "one dense GEMM": lambda: inputs.packed @ dense.T,
+        "loop": inputs.loop,
+        "torch._grouped_mm": lambda: torch._grouped_mm(
+            inputs.packed, inputs.weight.transpose(1, 2), inputs.routing.rows[1:].to(torch.int32)
+        ),
+    }
+    lasted = {what: microseconds(work) for what, work in beside.items()}
+    for what, us in lasted.items():
+        benchmark.add(Row(f"{name}: {what}", us, "us"))
+    for path in ("ptr", "tma_weights", "tma"):
+        mine = {c: t for c, t in times.items() if c.path == path}
+        if not mine:
+            continue
+        best = min(mine, key=lambda c: mine[c])
+        tiles = f"{best.block_m}x{best.block_n}x{best.block_k} w{best.num_warps}"
+        tiles += f" s{best.num_stages} g{best.group_m} p{best.persistent} {best.order}"
+        benchmark.add(Row(f"{name}: {path}, {tiles}", mine[best], "us"))
+        share = flops / mine[best] / 1e6 / ceiling
+        benchmark.add(Row(f"{name}: {path} / ceiling", share, ""))
+        benchmark.add(Row(f"{name}: dense / {path}", lasted["one dense GEMM"] / mine[best], "x"))
+        rival = lasted["torch._grouped_mm"] / mine[best]
+        benchmark.add(Row(f"{name}: torch._grouped_mm / {path}", rival, "x"))
+    active = sum(last > first for first, last in itertools.pairwise(inputs.bounds))
+    moved = 2 * (active * n * k + rows * (k + n))
+    benchmark.add(Row(f"{name}: best", moved / min(times.values()) / 1e3, "GB/s at least"))
+
+
+def _add_layer(benchmark: Benchmark) -> None:
+    """Time and check the whole layer."""
+    shape = LARGE
+    down = torch.randn(
+        shape.experts, shape.hidden, shape.inner, dtype=torch.bfloat16, device="cuda"
+    )
+    experts = Experts(weights(shape), down / shape.inner**0.5)
+    hidden = torch.randn(shape.tokens, shape.hidden, dtype=torch.bfloat16, device="cuda")
+    scale = torch.rand(shape.tokens, shape.top_k, dtype=torch.bfloat16, device="cuda")
+    up = TileConfig(128, 128, 64, 8, 4, 8, "tma_weights", 0)
+    second = replace(up, path="tma")
+    for routing in ("balanced", "zipf"):
+        indices = shape.indices(routing)
+        found = moe(hidden, experts, indices, scale, up, second).float()
+        wanted = moe_reference(hidden, experts, indices, scale).float()
+        off = float((found - wanted).norm() / wanted.norm())
+        benchmark.add(Row(f"layer, {routing}: error", off, "", "<= 0.01", off <= 1e-2))
+        us = microseconds(lambda i=indices: moe(hidden, experts, i, scale, up, second))  # type: ignore[misc]
+        benchmark.add(Row(f"layer, {routing}", us, "us"))
+        first = grouped_gemm(
+            hidden, experts.gate_up, route(indices, shape.experts), up, packed=False
+        )
+        assert bool(first.isfinite().all())
+        benchmark.add(
+            Row(
+                f"layer, {routing}: routing alone",
+                microseconds(lambda i=indices: route(i, shape.experts)),  # type: ignore[misc]
+                "us",
+            )
+        )
+
+
+if __name__ == "__main__":
+    main("gpu_moe", measure, __doc__ or "")
