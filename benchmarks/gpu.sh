@@ -9,6 +9,7 @@ mkdir -p "$out"
 PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONPATH
 status=0
-$python -m pytest -m gpu -q -o filterwarnings=default tests/accel tests/tuner || status=1
+$python -m pytest -m gpu -q -o filterwarnings=default tests/accel tests/kernels tests/tuner || status=1
 $python -m benchmarks.gpu_accel --json "$out/gpu_accel.json" || status=1
+$python -m benchmarks.gpu_moe --json "$out/gpu_moe.json" || status=1
 exit $status

@@ -13,7 +13,6 @@ import json
 import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 import triton
@@ -23,7 +22,7 @@ from torch import Tensor
 from ditune.db.errors import UsageFault
 from ditune.kernels.reference import Experts, moe_reference
 from ditune.kernels.routing import Routing, route
-from ditune.kernels.triton_grouped_gemm import TileConfig, grouped_gemm
+from ditune.kernels.triton_grouped_gemm import Path, TileConfig, grouped_gemm
 from ditune.kernels.triton_moe import moe
 
 _WORKERS = 12
@@ -66,7 +65,8 @@ class Shape:
         counts = torch.tensor(self.counts(routing))
         flat = torch.arange(self.experts).repeat_interleave(counts)
         order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(0))
-        return flat[order].reshape(self.tokens, self.top_k).cuda()
+        shuffled: Tensor = flat[order].reshape(self.tokens, self.top_k)
+        return shuffled.cuda()
 
 
 LARGE = Shape("4096 tokens", 4096, 64, 8, 3584, 2560)
@@ -83,9 +83,8 @@ def configurations(shape: Shape) -> list[TileConfig]:
         tiles = [(16, 128, 128, 4, 4), (16, 64, 128, 4, 5), (16, 128, 64, 4, 5)]
         tiles += [(32, 128, 128, 4, 4), (64, 128, 64, 4, 5), (16, 256, 64, 4, 5)]
     found = []
-    for (m, n, k, warps, stages), path, stays in itertools.product(
-        tiles, ("ptr", "tma_weights", "tma"), (0, 1)
-    ):
+    paths: tuple[Path, ...] = ("ptr", "tma_weights", "tma")
+    for (m, n, k, warps, stages), path, stays in itertools.product(tiles, paths, (0, 1)):
         found.append(TileConfig(m, n, k, warps, stages, 8, path, stays))
     best = TileConfig(*tiles[0], 8, "tma_weights", 1)
     found += [replace(best, group_m=g) for g in (1, 16, 32)]
@@ -113,7 +112,8 @@ class Inputs:
         """Run our kernel."""
         packed = config.path == "tma"
         rows = self.packed if packed else self.hidden
-        return grouped_gemm(rows, self.weight, self.routing, config, packed=packed)
+        found: Tensor = grouped_gemm(rows, self.weight, self.routing, config, packed=packed)
+        return found
 
     def loop(self) -> None:
         """Run one GEMM after the other; the counts are known to the host, which is generous."""
@@ -176,7 +176,7 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
         del weight, inputs
     _add_layer(benchmark)
     if arguments.json is not None:
-        path = Path(arguments.json).with_suffix(".sweep.json")
+        path = arguments.json.with_suffix(".sweep.json")
         path.write_text(json.dumps(sweep) + "\n", encoding="utf-8")
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ditune.kernels.reference import Experts, moe_reference
+from ditune.kernels.triton_grouped_gemm import TileConfig
+from ditune.kernels.triton_moe import moe
 
 BOUNDS = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}  # of the largest value
 
@@ -93,10 +95,8 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return share if share == share else float("inf")
 
 
-def configurations() -> Iterator[tuple[str, object, object]]:
+def configurations() -> Iterator[tuple[str, TileConfig, TileConfig]]:
     """Yield pairs of tile configurations, for the first GEMM and the second."""
-    from ditune.kernels.triton_grouped_gemm import TileConfig
-
     small = TileConfig(16, 32, 16, num_warps=4, num_stages=2, group_m=2)
     yield "ptr", small, small
     wide = replace(small, block_m=64, block_n=64, block_k=32, group_m=8, order="desc")
@@ -115,8 +115,6 @@ def configurations() -> Iterator[tuple[str, object, object]]:
 
 def failures(case: Case, dtype: torch.dtype, device: str) -> Iterator[str]:
     """Yield a sentence for each configuration that is not the reference."""
-    from ditune.kernels.triton_moe import moe
-
     given = layer(case, dtype, device)
     wanted = moe_reference(*given)
     for name, up, down in configurations():
