@@ -130,7 +130,8 @@ class Inputs:
 def weights(shape: Shape) -> Tensor:
     """Return the weights of the first GEMM."""
     size = (shape.experts, 2 * shape.inner, shape.hidden)
-    return torch.randn(size, dtype=torch.bfloat16, device="cuda") / shape.hidden**0.5
+    drawn = torch.randn(size, dtype=torch.bfloat16, device="cuda")
+    return drawn / float(shape.hidden) ** 0.5
 
 
 def compile_one(work: tuple[Shape, TileConfig]) -> str:
