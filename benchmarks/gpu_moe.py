@@ -131,7 +131,8 @@ def weights(shape: Shape) -> Tensor:
     """Return the weights of the first GEMM."""
     size = (shape.experts, 2 * shape.inner, shape.hidden)
     drawn = torch.randn(size, dtype=torch.bfloat16, device="cuda")
-    return drawn / float(shape.hidden) ** 0.5
+    scaled: Tensor = drawn / float(shape.hidden) ** 0.5
+    return scaled
 
 
 def compile_one(work: tuple[Shape, TileConfig]) -> str:
