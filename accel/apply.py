@@ -269,13 +269,13 @@ class Applied:
         run = self._runner(hook, module, stack) if small is None else small
 
         def compute(*, conditional_half: bool = False) -> Tensor:
-            if not conditional_half:
+            if conditional_half:
+                count = len(latents)
+                output = Output.of(run(*second_half(args, count), **second_half(kwargs, count)))
+            else:
                 output = Output.of(run(*args, **kwargs))
                 self._rebuild[id(module)] = output.rebuild
-                return output.sample.clone() if hook.compiled is not None else output.sample
-            count = len(latents)
-            half = run(*second_half(args, count), **second_half(kwargs, count))
-            return Output.of(half).sample.clone()
+            return output.sample if hook.compiled is None else output.sample.clone()
 
         before = episode.tally.computed
         inputs = Inputs(latents, kwargs.get("timestep"))

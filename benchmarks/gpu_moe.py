@@ -13,11 +13,13 @@ import json
 import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 import triton
 from benchmarks.rows import Benchmark, Row, main
 from torch import Tensor
+from triton.errors import TritonError
 
 from ditune.db.errors import UsageFault
 from ditune.kernels.reference import Experts, moe_reference
@@ -141,7 +143,7 @@ def compile_one(work: tuple[Shape, TileConfig]) -> str:
     try:
         Inputs.of(shape, "balanced", weights(shape)).run(config)
         torch.cuda.synchronize()
-    except Exception as fault:  # a compiler that gives up is a result
+    except (TritonError, RuntimeError) as fault:  # a compiler that gives up is a result
         return f"{config}: {type(fault).__name__}: {str(fault).splitlines()[0]}"
     return ""
 
@@ -205,14 +207,14 @@ def _timed(inputs: Inputs, shape: Shape) -> Iterator[tuple[TileConfig, float]]:
     for config in configurations(shape):
         try:
             found = inputs.run(config).float()
-        except Exception as fault:  # too much shared memory shows only at launch
+        except (TritonError, RuntimeError) as fault:  # too much shared memory shows only here
             print(config, type(fault).__name__, str(fault).splitlines()[0])
             continue
         wrong = (found - wanted).norm() / wanted.norm()
         if not wrong < 1e-2:
             print(f"WRONG by {wrong:.2g}: {config}")
             continue
-        yield config, microseconds(lambda c=config: inputs.run(c))  # type: ignore[misc]
+        yield config, microseconds(partial(inputs.run, config))
 
 
 def _add(
@@ -266,19 +268,14 @@ def _add_layer(benchmark: Benchmark) -> None:
         wanted = moe_reference(hidden, experts, indices, scale).float()
         off = float((found - wanted).norm() / wanted.norm())
         benchmark.add(Row(f"layer, {routing}: error", off, "", "<= 0.01", off <= 1e-2))
-        us = microseconds(lambda i=indices: moe(hidden, experts, i, scale, up, second))  # type: ignore[misc]
+        us = microseconds(partial(moe, hidden, experts, indices, scale, up, second))
         benchmark.add(Row(f"layer, {routing}", us, "us"))
         first = grouped_gemm(
             hidden, experts.gate_up, route(indices, shape.experts), up, packed=False
         )
         assert bool(first.isfinite().all())
-        benchmark.add(
-            Row(
-                f"layer, {routing}: routing alone",
-                microseconds(lambda i=indices: route(i, shape.experts)),  # type: ignore[misc]
-                "us",
-            )
-        )
+        us = microseconds(partial(route, indices, shape.experts))
+        benchmark.add(Row(f"layer, {routing}: routing alone", us, "us"))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ditune.db.errors import UsageFault
 from ditune.kernels.routing import Routing
 from ditune.kernels.task_map import ExpertOrder, build_task_map, grid_bound
 
@@ -233,7 +234,14 @@ def grouped_gemm(
     Returns:
         [tokens * top_k, n] in the order of `routing`, dtype of `rows`, accumulated in float32. Rows
         of experts that are not here are left as they were allocated.
+
+    Raises:
+        UsageFault: The path needs packed rows and these are not.
     """
+    if config.path == "tma" and not packed:
+        raise UsageFault(
+            'the path "tma" reads packed rows and these are tokens: use "tma_weights" or "ptr"'
+        )
     experts, n, k = weight.shape
     routed = routing.slots.numel()
     out = rows.new_empty(routed, n)

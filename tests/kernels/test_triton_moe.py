@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from ditune.db.errors import UsageFault
+from ditune.kernels.routing import route
+from ditune.kernels.triton_grouped_gemm import TileConfig, grouped_gemm
 
 PROGRAM = Path(__file__).with_name("moe_cases.py")
 
@@ -29,3 +34,11 @@ def test_every_case_equals_the_reference_in_the_interpreter() -> None:
 @pytest.mark.parametrize("case", ["odd sizes", "holes", "foreign", "eight slots", "65 rows"])
 def test_cases_equal_the_reference_on_a_device(case: str) -> None:
     run("--case", case)
+
+
+def test_tokens_that_are_not_packed_are_refused_where_they_must_be() -> None:
+    routing = route(torch.tensor([[1], [0]]), experts=2)
+    with pytest.raises(UsageFault, match="packed rows"):
+        grouped_gemm(
+            torch.ones(2, 16), torch.ones(2, 16, 16), routing, TileConfig(path="tma"), packed=False
+        )
