@@ -43,7 +43,8 @@ from ditune.accel.request import Request, observed
 from ditune.accel.spans import BlockStack
 from ditune.accel.trigger import trigger_for
 from ditune.db.errors import DituneError, UsageFault
-from ditune.db.records import Granularity, MaskCache, Match, Policy, RuleCache
+from ditune.db.policy import Granularity, MaskCache, Policy, RuleCache
+from ditune.db.records import Match
 
 DISABLE_VARIABLE = "DITUNE_DISABLE"
 _log = logging.getLogger("ditune")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from ditune.db.errors import UsageFault
-from ditune.db.records import MaskCache, Policy, RuleCache
+from ditune.db.policy import MaskCache, Policy, RuleCache
 
 _UNLIMITED = -1
 

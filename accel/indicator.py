@@ -18,7 +18,7 @@ import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 
-from ditune.db.records import Indicator
+from ditune.db.policy import Indicator
 
 POWER = 3.0  # how steeply the spectrum of clean video falls: SeaCache's value
 Measure = Callable[[Tensor, float | None, Tensor | None], Tensor | None]

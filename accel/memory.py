@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ditune.db.records import CachePolicy, ForwardBytes, MaskCache
+from ditune.db.policy import CachePolicy, MaskCache
+from ditune.db.records import ForwardBytes
 
 
 def planned_bytes(cache: CachePolicy, sizes: ForwardBytes) -> int:

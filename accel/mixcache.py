@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ditune.accel.payload import History, Values, amplified, relative_l1
 from ditune.accel.spans import BlockStack, Span
-from ditune.db.records import Action, CachePolicy, Granularity, MaskCache, RuleCache
+from ditune.db.policy import Action, CachePolicy, Granularity, MaskCache, RuleCache
 
 COND, UNCOND, BATCHED = "cond", "uncond", "cond_uncond"
 _AMPLIFY = 1.1  # FasterCache's factor

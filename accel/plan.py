@@ -13,7 +13,7 @@ from ditune.accel.indicator import Measure
 from ditune.accel.mixcache import Ask, MixCache, Place, Tally
 from ditune.accel.payload import relative_l1
 from ditune.accel.trigger import Measured, Trigger
-from ditune.db.records import Action, CachePolicy, Granularity, MaskCache, RuleCache
+from ditune.db.policy import Action, CachePolicy, Granularity, MaskCache, RuleCache
 
 _CHANGE = "change"
 _log = logging.getLogger("ditune")

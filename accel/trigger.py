@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from ditune.db.records import Action, CachePolicy, Granularity, MaskCache, RuleCache
+from ditune.db.policy import Action, CachePolicy, Granularity, MaskCache, RuleCache
 
 INTERVAL_MIN = 2  # one full step, then at least one cached
 

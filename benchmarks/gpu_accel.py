@@ -22,7 +22,7 @@ from ditune.accel.memory import planned_bytes
 from ditune.accel.tap import tapped
 from ditune.cli.sources import quieten_libraries
 from ditune.db.errors import UsageFault
-from ditune.db.records import Action, MaskCache, Payload, Policy, RuleCache
+from ditune.db.policy import Action, MaskCache, Payload, Policy, RuleCache
 from ditune.profiler.redundancy import Redundancy
 from ditune.profiler.statistics import paired_speedup
 from ditune.profiler.timing import timed

@@ -30,7 +30,7 @@ from ditune.accel.spans import BlockStack
 from ditune.cli.sources import quieten_libraries
 from ditune.db.comparison import Comparison
 from ditune.db.errors import UsageFault
-from ditune.db.records import Action, MaskCache, Payload, Policy
+from ditune.db.policy import Action, MaskCache, Payload, Policy
 from ditune.miniature.system import MiniatureSource
 from ditune.profiler.record import record
 from ditune.profiler.work import WorkCounter

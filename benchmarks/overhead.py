@@ -19,7 +19,8 @@ from scipy import stats
 
 from ditune.accel.apply import accelerate
 from ditune.cli.sources import quieten_libraries
-from ditune.db.records import Action, Interval, MaskCache, Payload, Policy, RuleCache
+from ditune.db.policy import Action, MaskCache, Payload, Policy, RuleCache
+from ditune.db.records import Interval
 from ditune.miniature.system import MiniatureSource
 from ditune.profiler.statistics import paired_speedup
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ditune.accel.fingerprint import detect
-from ditune.db.records import Status
+from ditune.db.record import Status
 
 
 @dataclass(frozen=True)

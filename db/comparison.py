@@ -6,20 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ditune.db.records import (
-    Constraint,
-    Count,
-    Hardware,
-    Interval,
-    Name,
-    Positive,
-    Quality,
-    Record,
-    Software,
-    Status,
-    Timestamp,
-    Workload,
-)
+from ditune.db.record import Count, Name, Positive, Record, Status, Timestamp
+from ditune.db.records import Constraint, Hardware, Interval, Quality, Software, Workload
 
 Ratio = Annotated[float, Field(gt=0)]
 

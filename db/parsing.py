@@ -8,7 +8,9 @@ from pydantic import ValidationError
 from rfc8785 import CanonicalizationError
 
 from ditune.db.errors import CorruptData
-from ditune.db.records import Hardware, Policy, Record, Software, Workload
+from ditune.db.policy import Policy
+from ditune.db.record import Record
+from ditune.db.records import Hardware, Software, Workload
 
 R = TypeVar("R", bound=Record)
 Part = TypeVar("Part", Hardware, Software, Workload, Policy)

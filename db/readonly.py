@@ -15,15 +15,8 @@ from typing import NamedTuple, TypeVar
 
 from ditune.db.errors import CorruptData, DituneError, StoreFault, UsageFault
 from ditune.db.parsing import parse, parse_addressed
-from ditune.db.records import (
-    SCHEMA_VERSION,
-    Evidence,
-    Hardware,
-    Match,
-    Policy,
-    Software,
-    Workload,
-)
+from ditune.db.policy import Policy
+from ditune.db.records import SCHEMA_VERSION, Evidence, Hardware, Match, Software, Workload
 
 REVISION = "0.1.0"  # the schema that the queries below are written for
 VERSION_TABLE = "ditune_alembic_version"

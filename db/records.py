@@ -1,37 +1,21 @@
 """The nouns of ditune: strict, frozen, with units in their names, and nothing else.
 
 Read this file first. A `Profile` says what a pipeline costs and where it repeats itself; a `Policy`
-says what to leave out; `Trial`s are policies that were tried; `Evidence` says what one was proved
-to give; a `Match` is what a lookup answers.
+(in `policy.py`) says what to leave out; `Trial`s are policies that were tried; `Evidence` says what
+one was proved to give; a `Match` is what a lookup answers.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field
 
 from ditune.db.digest import digest
+from ditune.db.policy import Policy
+from ditune.db.record import Count, Digest, Name, Positive, Record, Status, Timestamp
 
 SCHEMA_VERSION = 1
-
-Status = Literal["measured", "predicted", "compiled", "simulated"]
-Granularity = Literal["step", "cfg", "block"]
-Action = Literal["full", "step", "cfg", "block"]
-Indicator = Literal["latent", "spectral", "timestep", "first_block"]
-Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
-Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Timestamp = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$")]
-
-
-class Record(BaseModel):
-    """What every noun shares: exact types, no unknown fields, no change after creation, no NaN."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
-
 
 # --- where and with what ---------------------------------------------------------------------
 
@@ -172,101 +156,6 @@ class Profile(Record):
     status: Status = "measured"
 
 
-# --- what to do about it ---------------------------------------------------------------------
-
-
-class Payload(Record):
-    """What stands in for a forward that is left out.
-
-    `hidden` adds the residual of the whole block stack to this step's embedding, `latent` what the
-    model adds to its input (EasyCache's form), `output` predicts the model's output. `order` 0
-    reuses the last computed value, 1 extrapolates in a line through the last two, 2 in a parabola
-    through three. `fft_delta` amplifies the cached difference of the branches by a tenth, the low
-    frequencies in the first four fifths of the steps, the high ones in the last two (FasterCache).
-    """
-
-    form: Literal["hidden", "latent", "output"] = "output"
-    order: Annotated[int, Field(ge=0, le=2)] = 1
-    cfg_form: Literal["delta", "fft_delta"] = "delta"
-
-
-class MaskCache(Record):
-    """MixCache with an explicit action per step: no host synchronisation, fixed latency."""
-
-    kind: Literal["mask"] = "mask"
-    actions: Annotated[tuple[Action, ...], Field(min_length=1, max_length=1000)]
-    payload: Payload = Payload()
-    fn_blocks: Count = 1  # blocks at the front that a block-cached step still runs
-    bn_blocks: Count = 0  # and at the back
-
-    @model_validator(mode="after")
-    def _starts_full(self) -> Self:
-        if self.actions[0] != "full":
-            raise ValueError("the first step must be full: there is nothing to reuse yet")
-        return self
-
-
-class RuleCache(Record):
-    """MixCache with its context-aware trigger; see `accel/trigger.py` for what each number does."""
-
-    kind: Literal["rule"] = "rule"
-    warmup_frac: Fraction = 0.2
-    cooldown_steps: Annotated[int, Field(ge=0, le=10)] = 1
-    interval_init: Annotated[int, Field(ge=2, le=8)] = 2
-    interval_max: Annotated[int, Field(ge=2, le=8)] = 6
-    delta2: Annotated[float, Field(gt=0, le=10)] = 0.1
-    delta1_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.4
-    repeat_penalty: Annotated[float, Field(ge=1, le=100)] = 5.0
-    impact_step: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    impact_cfg: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    impact_block: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    allowed: Annotated[tuple[Granularity, ...], Field(min_length=1)] = ("step", "cfg", "block")
-    payload: Payload = Payload()
-    fn_blocks: Count = 1
-    bn_blocks: Count = 0
-    indicator: Indicator | None = None  # None: MixCache's own intervals
-    threshold: Annotated[float, Field(gt=0, le=100)] = 0.25  # change at which a step is computed
-    accumulated: bool = True  # added up step by step; False: against the last full step
-    reuse_max: Fraction = 0.9  # of the steps; more is a runaway and ends caching for the call
-
-    @property
-    def granularities(self) -> tuple[Granularity, ...]:
-        """What a reused step may be: a forward whose front blocks have run is no whole step."""
-        within = self.indicator == "first_block"
-        return tuple(g for g in self.allowed if not (within and g == "step"))
-
-    @model_validator(mode="after")
-    def _first_block_runs(self) -> Self:
-        if self.indicator == "first_block" and (self.fn_blocks < 1 or "block" not in self.allowed):
-            raise ValueError(
-                "the first_block indicator looks at blocks that run: it needs fn_blocks of 1 or "
-                'more and "block" among the allowed granularities'
-            )
-        return self
-
-
-CachePolicy = Annotated[MaskCache | RuleCache, Field(discriminator="kind")]
-
-
-class Handoff(Record):
-    """SRDiffusion with a fixed switch: the large model down to `sigma`, the small one below it."""
-
-    mode: Literal["static"] = "static"
-    sigma: Annotated[float, Field(gt=0, le=1000)]
-
-
-class Policy(Record):
-    """What to leave out of a pipeline's work; empty means the plain pipeline."""
-
-    cache: CachePolicy | None = None
-    handoff: Handoff | None = None
-
-    @property
-    def id(self) -> str:
-        """The content address of the policy."""
-        return digest(self)
-
-
 # --- what it is worth ------------------------------------------------------------------------
 
 
@@ -364,7 +253,7 @@ class Study(Record):
     name: Name
     settings: Settings
     created_at: Timestamp
-    arguments: dict[str, str] = {}
+    arguments: dict[str, str] = Field(default_factory=dict)
 
 
 class Trial(Record):

@@ -9,7 +9,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from ditune.db.parsing import address_of
-from ditune.db.records import PolicyFile, Profile, Record
+from ditune.db.record import Record
+from ditune.db.records import PolicyFile, Profile
 from ditune.db.schema import HardwareRow, Schema, SoftwareRow, WorkloadRow
 
 

@@ -21,7 +21,8 @@ from ditune.accel.location import Locator, Where
 from ditune.accel.mixcache import BATCHED, COND, UNCOND
 from ditune.accel.payload import relative_l1
 from ditune.accel.spans import BlockStack
-from ditune.db.records import Granularity, Impacts
+from ditune.db.policy import Granularity
+from ditune.db.records import Impacts
 
 _HOOK = "ditune_impact"
 _AT = (0.35, 0.65)  # where in the steps noise is added

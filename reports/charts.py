@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ditune.db.records import LayerTiming, MaskCache, Trial
+from ditune.db.policy import MaskCache
+from ditune.db.records import LayerTiming, Trial
 from ditune.reports import figures, gather
 from ditune.reports.content import ReportContent
 from ditune.reports.words import (

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ditune.db.records import Interval, PolicyFile, Profile, Quality, Status, Study, Trial
+from ditune.db.record import Status
+from ditune.db.records import Interval, PolicyFile, Profile, Quality, Study, Trial
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import pandas as pd
 from junitparser import Failure, JUnitXml, TestCase, TestSuite
 
-from ditune.db.records import Evidence, RuleCache, Trial
+from ditune.db.policy import RuleCache
+from ditune.db.records import Evidence, Trial
 from ditune.reports.words import visible
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from ditune.db.records import Action, LayerTiming
+from ditune.db.policy import Action
+from ditune.db.records import LayerTiming
 from ditune.reports.gather import VERDICTS, Layers, Point, Redundancy, Scatter, StripCell, Verdict
 from ditune.reports.words import (
     ACTION_WORDS,

@@ -10,13 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from ditune.db.policy import Action, MaskCache, Policy
 from ditune.db.records import (
-    Action,
     Constraint,
     Interval,
     LayerTiming,
-    MaskCache,
-    Policy,
     PolicyFile,
     Profile,
     Quality,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ditune.db.files import write_atomically
-from ditune.db.records import MaskCache, Policy
+from ditune.db.policy import MaskCache, Policy
 from ditune.reports import charts, gather, summary, words
 from ditune.reports.clip import shown_clips
 from ditune.reports.content import ReportContent

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ditune.db.records import Evidence, Policy, Profile, Record, Status, Trial, Workload
+from ditune.db.policy import Policy
+from ditune.db.record import Record, Status
+from ditune.db.records import Evidence, Profile, Trial, Workload
 from ditune.reports import gather
 from ditune.reports.charts import ending
 from ditune.reports.content import ReportContent

@@ -9,15 +9,8 @@ import math
 import unicodedata
 from collections import Counter
 
-from ditune.db.records import (
-    Action,
-    Constraint,
-    Interval,
-    MaskCache,
-    Payload,
-    Policy,
-    RuleCache,
-)
+from ditune.db.policy import Action, MaskCache, Payload, Policy, RuleCache
+from ditune.db.records import Constraint, Interval
 
 ACTIONS: tuple[Action, ...] = ("full", "step", "cfg", "block")
 ACTION_WORDS: dict[Action, str] = {

@@ -10,7 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ditune.db.records import MaskCache, Trial
+from ditune.db.policy import MaskCache
+from ditune.db.records import Trial
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ditune.db.records import Constraint, Evidence, Policy, Quality, Trial
+from ditune.db.policy import Policy
+from ditune.db.records import Constraint, Evidence, Quality, Trial
 from ditune.profiler.statistics import mean_lower_bound, paired_speedup, worst_lower_bound
 from ditune.tuner.evaluate import Case, Evaluator, Outcome
 from ditune.tuner.quality import bound_by, summarise

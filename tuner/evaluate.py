@@ -12,7 +12,8 @@ import torch
 
 from ditune.accel.anatomy import denoisers
 from ditune.accel.apply import Summary, accelerate
-from ditune.db.records import Constraint, Policy
+from ditune.db.policy import Policy
+from ditune.db.records import Constraint
 from ditune.profiler.timing import timed
 from ditune.tuner.quality import values_of
 from ditune.tuner.source import Source

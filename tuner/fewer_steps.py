@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ditune.db.records import Interval, Policy, Quality
+from ditune.db.policy import Policy
+from ditune.db.records import Interval, Quality
 from ditune.profiler.statistics import paired_speedup
 from ditune.tuner.evaluate import Case, Evaluator, Outcome
 from ditune.tuner.quality import summarise

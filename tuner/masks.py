@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ditune.db.records import Action, StepRedundancy
+from ditune.db.policy import Action
+from ditune.db.records import StepRedundancy
 
 _UNKNOWN_CHANGE = 1.0
 

@@ -18,7 +18,8 @@ import numpy as np
 import optuna
 from optuna.trial import TrialState
 
-from ditune.db.records import Constraint, Policy, Trial
+from ditune.db.policy import Policy
+from ditune.db.records import Constraint, Trial
 from ditune.profiler.statistics import mean_lower_bound, paired_speedup
 from ditune.tuner.budgets import bracket, next_budget
 from ditune.tuner.evaluate import Case, Evaluator, Outcome

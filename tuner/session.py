@@ -13,15 +13,8 @@ from ditune.accel.apply import accelerate
 from ditune.accel.lookup import default_database
 from ditune.db.engine import study_storage_url
 from ditune.db.errors import NoFeasiblePolicy, StoreFault, UsageFault
-from ditune.db.records import (
-    Policy,
-    PolicyFile,
-    Profile,
-    Quality,
-    Settings,
-    Study,
-    Trial,
-)
+from ditune.db.policy import Policy
+from ditune.db.records import PolicyFile, Profile, Quality, Settings, Study, Trial
 from ditune.db.store import Store
 from ditune.profiler.impact import impacts
 from ditune.profiler.record import Recorded, record

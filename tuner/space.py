@@ -21,15 +21,8 @@ from optuna.distributions import (
 )
 
 from ditune.db.digest import digest_bytes
-from ditune.db.records import (
-    Handoff,
-    Indicator,
-    MaskCache,
-    Payload,
-    Policy,
-    Profile,
-    RuleCache,
-)
+from ditune.db.policy import Handoff, Indicator, MaskCache, Payload, Policy, RuleCache
+from ditune.db.records import Profile
 from ditune.profiler.trajectory import Trajectory
 from ditune.tuner.masks import densities, mask, place
 from ditune.tuner.schedule import StepSchedules

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from ditune.accel.apply import accelerate as accelerate
     from ditune.accel.fingerprint import detect as detect
     from ditune.accel.lookup import lookup as lookup
+    from ditune.db.policy import Policy as Policy
     from ditune.db.records import Match as Match
-    from ditune.db.records import Policy as Policy
     from ditune.profiler.record import profile as profile
     from ditune.tuner.session import tune as tune
 

@@ -12,7 +12,7 @@ from torch import nn
 from ditune.accel.apply import DISABLE_VARIABLE, accelerate
 from ditune.accel.payload import History
 from ditune.db.errors import UsageFault
-from ditune.db.records import Action, Handoff, MaskCache, Payload, Policy, RuleCache
+from ditune.db.policy import Action, Handoff, MaskCache, Payload, Policy, RuleCache
 
 STEPS = 12
 Generate = Any

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ditune.accel.apply import accelerate
 from ditune.accel.spans import BlockStack
-from ditune.db.records import Action, MaskCache, Policy
+from ditune.db.policy import Action, MaskCache, Policy
 
 STEPS = 6
 ACTIONS: tuple[Action, ...] = ("full", "full", "cfg", "full", "step", "cfg")

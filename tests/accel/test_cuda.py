@@ -12,7 +12,7 @@ from diffusers import WanPipeline
 from tests.conftest import STEPS
 
 from ditune.accel.apply import accelerate
-from ditune.db.records import Action, MaskCache, Payload, Policy, RuleCache
+from ditune.db.policy import Action, MaskCache, Payload, Policy, RuleCache
 
 pytestmark = pytest.mark.gpu
 

@@ -12,7 +12,7 @@ from diffusers import WanPipeline
 from ditune.accel import export
 from ditune.accel.apply import accelerate
 from ditune.db.errors import UsageFault
-from ditune.db.records import Action, Handoff, MaskCache, Payload, Policy, RuleCache
+from ditune.db.policy import Action, Handoff, MaskCache, Payload, Policy, RuleCache
 
 Generate = Any
 F: Action = "full"

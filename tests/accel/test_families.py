@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ditune.accel.apply import Summary, accelerate
 from ditune.accel.internals import tensors_of
 from ditune.accel.spans import BlockStack
-from ditune.db.records import Action, MaskCache, Payload, Policy, RuleCache
+from ditune.db.policy import Action, MaskCache, Payload, Policy, RuleCache
 
 STEPS = 6
 FAMILIES = FIRST | SECOND

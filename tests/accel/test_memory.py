@@ -10,7 +10,7 @@ from diffusers import WanPipeline
 from ditune.accel.apply import accelerate
 from ditune.accel.memory import planned_bytes
 from ditune.accel.tap import tapped
-from ditune.db.records import Action, CachePolicy, MaskCache, Payload, Policy, RuleCache
+from ditune.db.policy import Action, CachePolicy, MaskCache, Payload, Policy, RuleCache
 from ditune.profiler.redundancy import Redundancy
 
 STEPS = 12

@@ -20,7 +20,7 @@ from torch import nn
 
 from ditune.accel.apply import accelerate
 from ditune.db.errors import UsageFault
-from ditune.db.records import Action, MaskCache, Payload, Policy, RuleCache
+from ditune.db.policy import Action, MaskCache, Payload, Policy, RuleCache
 
 STEPS = 12
 ACTIONS: tuple[Action, ...] = ("full", "full", "step", "cfg", "block", "full") * 2

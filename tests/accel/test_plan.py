@@ -12,7 +12,7 @@ from diffusers import WanPipeline
 
 from ditune.accel.apply import accelerate
 from ditune.accel.indicator import clean_part
-from ditune.db.records import Action, Indicator, MaskCache, Policy, RuleCache
+from ditune.db.policy import Action, Indicator, MaskCache, Policy, RuleCache
 
 STEPS = 12
 Generate = Any

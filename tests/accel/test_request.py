@@ -18,7 +18,7 @@ from ditune.accel.apply import accelerate
 from ditune.accel.fingerprint import detect
 from ditune.accel.request import Request, declared, observed
 from ditune.db.errors import UsageFault
-from ditune.db.records import MaskCache, Policy
+from ditune.db.policy import MaskCache, Policy
 from ditune.db.store import Store
 
 STEPS = 6

@@ -12,7 +12,7 @@ from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor, nn
 
 from ditune.accel.apply import accelerate
-from ditune.db.records import Action, MaskCache, Payload, Policy
+from ditune.db.policy import Action, MaskCache, Payload, Policy
 
 STEPS = 6
 Form = Literal["hidden", "latent", "output"]

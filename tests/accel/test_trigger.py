@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditune.accel.trigger import INTERVAL_MIN, MaskTrigger, Measured, RuleTrigger
-from ditune.db.records import Action, Granularity, MaskCache, RuleCache
+from ditune.db.policy import Action, Granularity, MaskCache, RuleCache
 
 ALL: tuple[Granularity, ...] = ("step", "cfg", "block")
 BETWEEN = Measured(deviation=0.05, distances={"step": 1.0, "cfg": 2.0, "block": 9.0})

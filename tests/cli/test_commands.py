@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from ditune.cli.main import app, main
 from ditune.db.errors import DituneError
-from ditune.db.records import MaskCache, Payload, Policy
+from ditune.db.policy import MaskCache, Payload, Policy
 from ditune.db.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]

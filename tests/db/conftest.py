@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 
+from ditune.db.policy import MaskCache, Policy
 from ditune.db.records import (
     Constraint,
     Evidence,
     Hardware,
     Interval,
-    MaskCache,
-    Policy,
     PolicyFile,
     Profile,
     Quality,

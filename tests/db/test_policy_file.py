@@ -14,7 +14,8 @@ from tests.db.conftest import file_of
 
 from ditune.db import policy_file
 from ditune.db.errors import CorruptData, UsageFault
-from ditune.db.records import Handoff, MaskCache, Payload, Policy, PolicyFile, RuleCache
+from ditune.db.policy import Handoff, MaskCache, Payload, Policy, RuleCache
+from ditune.db.records import PolicyFile
 
 MakeFile = Callable[..., PolicyFile]
 GOLDEN = Path(__file__).resolve().parents[2] / "db" / "schemas" / "policy-1.json"

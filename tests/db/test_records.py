@@ -4,7 +4,8 @@ import pytest
 from pydantic import ValidationError
 
 from ditune.db.digest import canonical, digest
-from ditune.db.records import Handoff, Interval, MaskCache, Payload, Policy, RuleCache
+from ditune.db.policy import Handoff, MaskCache, Payload, Policy, RuleCache
+from ditune.db.records import Interval
 
 
 def test_equal_policies_have_one_id_and_others_another() -> None:

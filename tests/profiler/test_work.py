@@ -10,7 +10,7 @@ from tests.conftest import Generate
 from torch import Tensor, nn
 
 from ditune.accel.apply import accelerate
-from ditune.db.records import MaskCache, Policy
+from ditune.db.policy import MaskCache, Policy
 from ditune.profiler.work import WorkCounter
 
 A, B = torch.randn(3, 4, 5), torch.randn(3, 5, 6)

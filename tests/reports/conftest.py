@@ -8,20 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ditune.db.policy import Handoff, MaskCache, Policy, RuleCache
 from ditune.db.records import (
     Clocks,
     Constraint,
     Evidence,
-    Handoff,
     Hardware,
     Interval,
     LayerTiming,
-    MaskCache,
-    Policy,
     PolicyFile,
     Profile,
     Quality,
-    RuleCache,
     Settings,
     Software,
     StepRedundancy,

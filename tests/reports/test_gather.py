@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from ditune.db.records import Constraint, LayerTiming, Policy, Quality, RuleCache, Study
+from ditune.db.policy import Policy, RuleCache
+from ditune.db.records import Constraint, LayerTiming, Quality, Study
 from ditune.reports import gather
 from ditune.reports.content import ReportContent
 

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from ditune.db.records import Handoff, Indicator, MaskCache, Payload, Policy, RuleCache
+from ditune.db.policy import Handoff, Indicator, MaskCache, Payload, Policy, RuleCache
 from ditune.reports import words
 
 

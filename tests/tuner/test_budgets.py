@@ -3,7 +3,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditune.db.records import Action, MaskCache, Policy, RuleCache, Trial
+from ditune.db.policy import Action, MaskCache, Policy, RuleCache
+from ditune.db.records import Trial
 from ditune.tuner.budgets import bracket, next_budget
 
 

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 from ditune.accel.apply import Summary
-from ditune.db.records import MaskCache, Policy, Quality, Trial
+from ditune.db.policy import MaskCache, Policy
+from ditune.db.records import Quality, Trial
 from ditune.tuner.confirm import confirm
 from ditune.tuner.evaluate import Case, Outcome
 from ditune.tuner.quality import parse_constraints

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ditune import miniature
-from ditune.db.records import MaskCache, Policy
+from ditune.db.policy import MaskCache, Policy
 from ditune.tuner.evaluate import Case, Evaluator, cases_of
 from ditune.tuner.fewer_steps import fewest_steps
 from ditune.tuner.quality import PSNR_CAP_DB, parse_constraints

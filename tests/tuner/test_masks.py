@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditune.db.records import MaskCache, StepRedundancy
+from ditune.db.policy import MaskCache
+from ditune.db.records import StepRedundancy
 from ditune.tuner.masks import densities, mask, place
 
 

@@ -7,12 +7,10 @@ import optuna
 import pytest
 
 from ditune.accel.apply import Summary
+from ditune.db.policy import Action, MaskCache, Policy
 from ditune.db.records import (
-    Action,
     Hardware,
     LayerTiming,
-    MaskCache,
-    Policy,
     Profile,
     Software,
     StepRedundancy,

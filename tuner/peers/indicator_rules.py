@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Literal
 
 from ditune.accel.apply import accelerate
-from ditune.db.records import Indicator, Payload, Policy, RuleCache
+from ditune.db.policy import Indicator, Payload, Policy, RuleCache
 from ditune.tuner.peers.contract import Setting
 from ditune.tuner.source import Source
 

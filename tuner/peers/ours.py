@@ -11,7 +11,8 @@ from typing import Any
 from ditune.accel.apply import accelerate
 from ditune.db.engine import study_storage_url
 from ditune.db.errors import UsageFault
-from ditune.db.records import Policy, Settings, Study, Trial
+from ditune.db.policy import Policy
+from ditune.db.records import Settings, Study, Trial
 from ditune.db.store import Store
 from ditune.profiler.record import Recorded, record
 from ditune.tuner.evaluate import Case, Evaluator
