@@ -124,7 +124,7 @@ class Episode:
             return compute()
         cache = self._caches.get(id(stack))
         if cache is None:
-            cache = MixCache(self.policy.cache, stack, self.tally)
+            cache = MixCache(self.policy.cache, stack, self.tally, where.steps)
             self._caches[id(stack)] = cache
         place = Place(where.step, where.steps, where.branch, inputs.latents)
         action = self.plan.action(place, where.sigma, inputs.timestep, cache)

@@ -91,6 +91,8 @@ def diffusers(policy: Policy) -> str:
         raise _refused("diffusers", "none of its caches has this rule")
     if set(cache.actions) != {"full", "step"} or cache.payload.form != "output":
         raise _refused("diffusers", "only TaylorSeer follows a list, and it reuses whole outputs")
+    if cache.payload.order and cache.payload.arc_length is not None:
+        raise _refused("diffusers", "TaylorSeer forecasts over step numbers, this over arc length")
     first, interval = _spacing(cache)
     arguments = {
         "cache_interval": interval,

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ditune.accel.payload import History, Values, amplified, relative_l1
+from ditune.accel.payload import History, Values, amplified, positions, relative_l1
 from ditune.accel.spans import BlockStack, Span
 from ditune.db.policy import Action, CachePolicy, Granularity, MaskCache, RuleCache
 
@@ -70,9 +70,10 @@ class _Branch:
 class MixCache:
     """The caches of one denoiser during one pipeline call."""
 
-    def __init__(self, cache: CachePolicy, stack: BlockStack, tally: Tally) -> None:
-        """Prepare empty caches; `tally` is shared by all denoisers of the call."""
+    def __init__(self, cache: CachePolicy, stack: BlockStack, tally: Tally, steps: int) -> None:
+        """Prepare empty caches for a call of `steps` steps; its denoisers share the tally."""
         self._cache = cache
+        self._positions = positions(cache.payload.arc_length, steps)
         self._stack = stack
         self._tally = tally
         actions = set(cache.actions) if isinstance(cache, MaskCache) else set(cache.granularities)
@@ -89,7 +90,7 @@ class MixCache:
             self._spans["span"] = (cache.fn_blocks, cache.bn_blocks)
         self._keeps_delta = "cfg" in actions
         self._branches: dict[str, _Branch] = {}
-        self._delta = History(cache.payload.order)
+        self._delta = self._new_history()
         self._fresh_cond: Tensor | None = None
         self._distances: dict[Granularity, Tensor] = {}
         self._deviation: Tensor | None = None
@@ -136,8 +137,10 @@ class MixCache:
         return found
 
     def _new_branch(self) -> _Branch:
-        order = self._cache.payload.order
-        return _Branch(History(order), History(order), History(order))
+        return _Branch(self._new_history(), self._new_history(), self._new_history())
+
+    def _new_history(self) -> History:
+        return History(self._cache.payload.order, self._positions)
 
     # --- reuse ---------------------------------------------------------------------------------
 

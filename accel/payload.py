@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,22 +26,37 @@ def byte_count(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def taylor_weights(steps: Sequence[int], step: int) -> list[float]:
-    """Return the weight of each known step in the polynomial through them, taken at another step.
+def positions(arc_length: Sequence[float] | None, steps: int) -> list[float]:
+    """Return where each step of a call lies on the axis that forecasts run over.
 
-    One step gives plain reuse, two a line, three a parabola: Taylor's expansion with finite
+    Args:
+        arc_length: Of a call with any number of steps; a call with another number takes what lies
+            between. None: the steps' numbers.
+        steps: Of the call.
+    """
+    if arc_length is None:
+        return [float(step) for step in range(steps)]
+    known = np.linspace(0.0, 1.0, len(arc_length))
+    between: list[float] = np.interp(np.linspace(0.0, 1.0, steps), known, arc_length).tolist()
+    return between
+
+
+def taylor_weights(known: Sequence[float], at: float) -> list[float]:
+    """Return the weight of each known value in the polynomial through them, taken elsewhere.
+
+    One value gives plain reuse, two a line, three a parabola: Taylor's expansion with finite
     differences of uneven distance.
 
     Args:
-        steps: Distinct steps with known values.
-        step: Where the polynomial is evaluated.
+        known: Distinct positions of known values.
+        at: Where the polynomial is evaluated.
     """
     weights = []
-    for index, known in enumerate(steps):
-        others = [other for place, other in enumerate(steps) if place != index]
+    for index, position in enumerate(known):
+        others = [other for place, other in enumerate(known) if place != index]
         weight = 1.0
         for other in others:
-            weight *= (step - other) / (known - other)
+            weight *= (at - other) / (position - other)
         weights.append(weight)
     return weights
 
@@ -60,9 +76,11 @@ class History:
     """The last computed values of one quantity, with the steps they belong to.
 
     Values are kept as they were computed, never written to; an order keeps one more than itself.
+    `positions` says where each step of the call lies on the axis that forecasts run over.
     """
 
     order: int
+    positions: Sequence[float]
     steps: list[int] = field(default_factory=list)
     values: list[Values] = field(default_factory=list)
 
@@ -77,7 +95,8 @@ class History:
         """Return what is expected at a later step, None when nothing was computed yet."""
         if not self.values:
             return None
-        weights = taylor_weights(self.steps, step)
+        known = [self.positions[each] for each in self.steps]
+        weights = taylor_weights(known, self.positions[step])
         return tuple(combined(weights, kept) for kept in zip(*self.values, strict=True))
 
     @property

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ditune.db.digest import digest
 from ditune.db.record import Count, Fraction, Record
@@ -14,19 +15,33 @@ Action = Literal["full", "step", "cfg", "block"]
 Indicator = Literal["latent", "spectral", "timestep", "first_block"]
 
 
+def _rising(values: tuple[float, ...]) -> tuple[float, ...]:
+    if any(after <= before for before, after in pairwise(values)):
+        raise ValueError("an arc length grows from step to step")
+    return values
+
+
+ArcLength = Annotated[
+    tuple[float, ...], Field(min_length=2, max_length=1000), AfterValidator(_rising)
+]
+
+
 class Payload(Record):
     """What stands in for a forward that is left out.
 
     `hidden` adds the residual of the whole block stack to this step's embedding, `latent` what the
     model adds to its input (EasyCache's form), `output` predicts the model's output. `order` 0
     reuses the last computed value, 1 extrapolates in a line through the last two, 2 in a parabola
-    through three. `fft_delta` amplifies the cached difference of the branches by a tenth, the low
-    frequencies in the first four fifths of the steps, the high ones in the last two (FasterCache).
+    through three. They run over the steps' numbers, or over `arc_length`: how far the output has
+    travelled at each step of the plain pipeline. `fft_delta` amplifies the cached difference of the
+    branches by a tenth, the low frequencies in the first four fifths of the steps, the high ones in
+    the last two (FasterCache).
     """
 
     form: Literal["hidden", "latent", "output"] = "output"
     order: Annotated[int, Field(ge=0, le=2)] = 1
     cfg_form: Literal["delta", "fft_delta"] = "delta"
+    arc_length: ArcLength | None = None
 
 
 class MaskCache(Record):
@@ -39,9 +54,12 @@ class MaskCache(Record):
     bn_blocks: Count = 0  # and at the back
 
     @model_validator(mode="after")
-    def _starts_full(self) -> Self:
+    def _fits_together(self) -> Self:
         if self.actions[0] != "full":
             raise ValueError("the first step must be full: there is nothing to reuse yet")
+        arc = self.payload.arc_length
+        if arc is not None and len(arc) != len(self.actions):
+            raise ValueError(f"{len(self.actions)} actions and an arc length of {len(arc)} steps")
         return self
 
 

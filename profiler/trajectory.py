@@ -36,6 +36,15 @@ class Trajectory:
         """The number of steps."""
         return len(self.sigmas)
 
+    @property
+    def changes(self) -> np.ndarray:
+        """How far the guided output moves from each step to the next [n - 1], by its own size."""
+        gram = self.gram[: self.steps, : self.steps]
+        size = np.diag(gram)
+        squared = size[1:] + size[:-1] - 2.0 * np.diag(gram, 1)
+        moved: np.ndarray = np.sqrt(np.maximum(squared, 0.0) / size.mean())
+        return moved
+
 
 class TrajectoryRecorder:
     """Gathers the trajectories of calls; give its `watch` to `accel.tap.tapped`."""

@@ -217,4 +217,5 @@ def _payload(payload: Payload) -> str:
     if payload.order == 0:
         return f"What is left out repeats the last {one}."
     curve, known = ("line", "two") if payload.order == 1 else ("parabola", "three")
-    return f"What is left out is continued in a {curve} through the last {known} {several}."
+    said = f"What is left out is continued in a {curve} through the last {known} {several}"
+    return said + (", over arc length." if payload.arc_length is not None else ".")

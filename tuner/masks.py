@@ -7,11 +7,13 @@ accumulated, so that a mask spends its budget where the trajectory moves.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from ditune.db.policy import Action
 from ditune.db.records import StepRedundancy
 
 _UNKNOWN_CHANGE = 1.0
+_LEAST_CHANGE = 1e-3  # of the mean: an axis has to rise
 
 
 def densities(redundancy: Sequence[StepRedundancy], steps: int) -> list[float]:
@@ -26,6 +28,22 @@ def densities(redundancy: Sequence[StepRedundancy], steps: int) -> list[float]:
     mean = sum(known) / len(known)
     filled = [change if change is not None else known[0] for change in changes]
     return [value / mean for value in filled]
+
+
+def arc_length(changes: Sequence[float]) -> tuple[float, ...] | None:
+    """Return how far the output has travelled at each step, None where it moves at an even pace.
+
+    Over this axis the pace is even, and a line through two outputs reaches further than over the
+    steps' numbers.
+
+    Args:
+        changes: From each step to the next, non-negative, in any unit.
+    """
+    if len(set(changes)) < 2:
+        return None
+    mean = sum(changes) / len(changes)
+    paces = (max(change / mean, _LEAST_CHANGE) for change in changes)
+    return tuple(round(value, 4) for value in accumulate(paces, initial=0.0))
 
 
 def place(density: Sequence[float], budget: int, warmup: int, cooldown: int) -> list[int]:

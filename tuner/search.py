@@ -24,10 +24,11 @@ from ditune.profiler.statistics import mean_lower_bound, paired_speedup
 from ditune.tuner.budgets import bracket, next_budget
 from ditune.tuner.evaluate import Case, Evaluator, Outcome
 from ditune.tuner.quality import summarise
-from ditune.tuner.space import TILTS, Proposal, Space
+from ditune.tuner.space import EARLY, Proposal, Space
 
 SEARCH_PAIRS = 1  # interleaved pairs per trial; confirmation takes one per prompt
 _STARTUP_TRIALS = 8
+_LADDER = (1, 2, 3)  # steps more than the fewest that held
 _MARGIN = 0.8  # confidence of the bound that a mean counts with
 _TYPICAL_WEIGHT = 3  # how many pairs the other trials of a study are worth to each
 
@@ -122,8 +123,9 @@ class Search:
     def _propose(self, done: Sequence[Trial]) -> None:
         """Queue the profile's next mask, unless something waits already or enough is known.
 
-        Where the bracket is closed, one step less may still hold with its steps placed otherwise;
-        MixCache's own rule comes last.
+        Where the bracket is closed, one step less may still hold with its steps placed otherwise.
+        A few more steps follow, for the case that the proof does not bear out what held here, and
+        MixCache's own rule.
         """
         if self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             return
@@ -132,10 +134,11 @@ class Search:
         if budget is not None:
             self._enqueue(self.space.prior(budget))
             return
-        below = bracket(done, fewest, steps).held - 1
+        held = bracket(done, fewest, steps).held
         tried = {trial.policy.id for trial in done}
-        elsewhere = [self.space.prior(below, tilt) for tilt in TILTS] if below >= fewest else []
-        for proposal in [*elsewhere, self.space.default()]:
+        below = [self.space.prior(held - 1, early) for early in EARLY] if held > fewest else []
+        above = [self.space.prior(held + more) for more in _LADDER if held + more < steps]
+        for proposal in [*below, *above, self.space.default()]:
             if self.space.policy(proposal.parameters).id not in tried:
                 self._enqueue(proposal)
                 return

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -24,14 +25,15 @@ from ditune.db.digest import digest_bytes
 from ditune.db.policy import Handoff, Indicator, MaskCache, Payload, Policy, RuleCache
 from ditune.db.records import Profile
 from ditune.profiler.trajectory import Trajectory
-from ditune.tuner.masks import densities, mask, place
+from ditune.tuner.masks import arc_length, densities, mask, place
 from ditune.tuner.schedule import StepSchedules
 
 Parameters = Mapping[str, float | int | str]
 _COMPUTE_MIN = 0.05  # as a fraction of the steps
 _BLOCK = re.compile(r"transformer\.\w+\.\d+$")  # how a profile names the blocks of the denoiser
-TILTS = (-1.0, -2.0, 0.0)  # what masks try in turn: an error made early grows, more or less
+EARLY = (5.0, 2.0, 12.0)  # what masks try in turn: how much more an early error counts
 _INTERVALS = "intervals"  # no indicator: MixCache's own trigger
+_ARC_LENGTH, _STEP = "arc_length", "step"  # what forecasts run over
 _HANDOFF_LATEST = 1.0  # as a fraction of the steps: never
 
 
@@ -69,7 +71,9 @@ class Space:
             if value is not None
         }
         fitting = [t for t in trajectories if t.steps == self.steps]
-        self._schedules = StepSchedules(fitting) if fitting else None
+        changes = np.mean([t.changes for t in fitting], axis=0).tolist() if fitting else None
+        self._arc_length = arc_length(changes or self._density[1:])
+        self._schedules = StepSchedules(fitting, self._arc_length) if fitting else None
         front = max(1, self.depth // 2)
         self.distributions: dict[str, BaseDistribution] = {
             "kind": CategoricalDistribution(["mask", "rule"]),
@@ -87,9 +91,11 @@ class Space:
             "threshold": FloatDistribution(0.01, 2.0, log=True),
         }
         if self._schedules is not None:
-            self.distributions["tilt"] = FloatDistribution(-3.0, 1.0)
+            self.distributions["early"] = FloatDistribution(0.5, 40.0, log=True)
         else:
             self.distributions["density_power"] = FloatDistribution(0.0, 1.5)
+        if self._arc_length is not None:
+            self.distributions["axis"] = CategoricalDistribution([_ARC_LENGTH, _STEP])
         if self.guidance:
             self.distributions["cfg_share"] = FloatDistribution(0.0, 0.6)
             self.distributions["cfg_form"] = CategoricalDistribution(["delta", "fft_delta"])
@@ -124,9 +130,9 @@ class Space:
         )
         return Proposal("default", point)
 
-    def prior(self, budget: int, tilt: float = TILTS[0]) -> Proposal:
+    def prior(self, budget: int, early: float = EARLY[0]) -> Proposal:
         """Return the mask that the profile suggests for a number of computed steps."""
-        return Proposal("prior", self._point(compute_frac=budget / self.steps, tilt=tilt))
+        return Proposal("prior", self._point(compute_frac=budget / self.steps, early=early))
 
     @property
     def fewest(self) -> int:
@@ -142,7 +148,8 @@ class Space:
             "warmup_frac": 0.1,
             "cooldown_steps": 1,
             "density_power": 0.5,
-            "tilt": TILTS[0],
+            "early": EARLY[0],
+            "axis": _ARC_LENGTH,
             "block_share": 0.0,
             "cfg_share": 0.0,
             "order": 1,
@@ -164,7 +171,7 @@ class Space:
         cfg_share = float(point.get("cfg_share", 0.0))
         return MaskCache(
             actions=mask(self.steps, computed, cfg_share, float(point["block_share"])),
-            payload=_payload(point),
+            payload=self._payload(point),
             fn_blocks=int(point["fn_blocks"]),
         )
 
@@ -172,7 +179,7 @@ class Space:
         """Return the steps to compute: by trajectories where there are any, else by density."""
         budget = round(float(point["compute_frac"]) * self.steps)
         if self._schedules is not None:
-            return self._schedules.computed(max(budget, 2), float(point["tilt"]))
+            return self._schedules.computed(max(budget, 2), float(point["early"]))
         power = float(point["density_power"])
         return place(
             [value**power for value in self._density],
@@ -190,11 +197,22 @@ class Space:
             delta2=float(point["delta2"]),
             delta1_ratio=float(point["delta1_ratio"]),
             allowed=("step", "cfg", "block") if self.guidance else ("step", "block"),
-            payload=_payload(point),
+            payload=self._payload(point),
             fn_blocks=int(point["fn_blocks"]),
             indicator=indicators.get(point["indicator"]),
             threshold=float(point["threshold"]),
             **self._impacts,
+        )
+
+    def _payload(self, point: Parameters) -> Payload:
+        forms: dict[object, Literal["hidden", "latent"]] = {"hidden": "hidden", "latent": "latent"}
+        order = int(point["order"])
+        forecasts = order > 0 and point.get("axis") == _ARC_LENGTH
+        return Payload(
+            form=forms.get(point["form"], "output"),
+            order=order,
+            cfg_form="fft_delta" if point.get("cfg_form") == "fft_delta" else "delta",
+            arc_length=self._arc_length if forecasts else None,
         )
 
     def _handoff(self, share: float) -> Handoff | None:
@@ -206,15 +224,6 @@ class Space:
         if before is None or after is None:
             return None
         return Handoff(sigma=(before + after) / 2.0)
-
-
-def _payload(point: Parameters) -> Payload:
-    forms: dict[object, Literal["hidden", "latent"]] = {"hidden": "hidden", "latent": "latent"}
-    return Payload(
-        form=forms.get(point["form"], "output"),
-        order=int(point["order"]),
-        cfg_form="fft_delta" if point.get("cfg_form") == "fft_delta" else "delta",
-    )
 
 
 def _typical(profile: Profile) -> float:

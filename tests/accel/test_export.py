@@ -100,6 +100,7 @@ def test_what_cache_dit_cannot_do_is_refused(policy: Policy, reason: str) -> Non
         (Policy(cache=BLOCKS), "reuses whole outputs"),
         (changed(EVEN, payload=Payload(form="hidden")), "reuses whole outputs"),
         (changed(EVEN, actions=(F, F, S, S, F, S, F)), "evenly spaced"),
+        (changed(EVEN, payload=Payload(arc_length=(*range(11), 13.0))), "over arc length"),
     ],
 )
 def test_what_diffusers_cannot_do_is_refused(policy: Policy, reason: str) -> None:

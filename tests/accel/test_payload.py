@@ -5,7 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditune.accel.payload import History, amplified, relative_l1, taylor_weights
+from ditune.accel.payload import (
+    History,
+    amplified,
+    positions,
+    relative_l1,
+    taylor_weights,
+)
+
+NUMBERS = positions(None, 64)
 
 
 def only(history: History, step: int) -> torch.Tensor:
@@ -16,11 +24,11 @@ def only(history: History, step: int) -> torch.Tensor:
 
 
 def test_nothing_is_predicted_from_nothing() -> None:
-    assert History(order=1).predict(3) is None
+    assert History(1, NUMBERS).predict(3) is None
 
 
 def test_order_zero_reuses_the_last_value() -> None:
-    history = History(order=0)
+    history = History(0, NUMBERS)
     history.add(0, torch.tensor([1.0]))
     history.add(2, torch.tensor([5.0]))
     assert torch.equal(torch.tensor([5.0]), only(history, 9))
@@ -37,11 +45,26 @@ def test_an_order_is_exact_on_polynomials_of_its_degree(
     def polynomial(step: int) -> torch.Tensor:
         return torch.tensor([sum(c * step**power for power, c in enumerate(coefficients))])
 
-    history = History(order=len(coefficients) - 1)
+    history = History(len(coefficients) - 1, NUMBERS)
     for step in (0, 2, 3, 5):
         history.add(step, polynomial(step))
     predicted = only(history, 5 + gap)
     torch.testing.assert_close(predicted, polynomial(5 + gap), atol=2e-3, rtol=1e-4)
+
+
+def test_a_line_runs_over_the_positions() -> None:
+    history = History(1, [0.0, 1.0, 5.0, 9.0])
+    history.add(0, torch.tensor([0.0]))
+    history.add(1, torch.tensor([2.0]))
+    torch.testing.assert_close(only(history, 3), torch.tensor([18.0]))
+
+
+def test_positions_of_another_number_of_steps_lie_between() -> None:
+    arc = (0.0, 1.0, 4.0)
+    assert positions(arc, 3) == [0.0, 1.0, 4.0]
+    assert positions(arc, 5) == [0.0, 0.5, 1.0, 2.5, 4.0]
+    assert positions(arc, 1) == [0.0]
+    assert positions(None, 3) == [0.0, 1.0, 2.0]
 
 
 @given(

@@ -12,7 +12,7 @@ from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor, nn
 
 from ditune.accel.apply import accelerate
-from ditune.db.policy import Action, MaskCache, Payload, Policy
+from ditune.db.policy import Action, MaskCache, Payload, Policy, RuleCache
 
 STEPS = 6
 Form = Literal["hidden", "latent", "output"]
@@ -78,6 +78,13 @@ def drifting(_: Tensor, step: int, branch: str) -> Tensor:
     return torch.full((1, 1, 4, 4), 2.0 + 0.5 * step)
 
 
+ARC = (0.0, 1.0, 4.0, 9.0, 16.0, 25.0)
+
+
+def hastening(_: Tensor, step: int, branch: str) -> Tensor:
+    return torch.full((1, 1, 4, 4), 2.0 + 0.5 * ARC[step])
+
+
 def parting(latents: Tensor, step: int, branch: str) -> Tensor:
     """Answers that jump about, at a constant distance between the branches."""
     return latents.sin() * (step + 1) ** 2 + (0.0 if branch == "cond" else 1.5)
@@ -106,6 +113,31 @@ def test_a_form_is_exact_on_the_model_it_is_made_for(rule: Rule, form: Form, ord
     assert len(model.ran) == (2 * STEPS if form == "hidden" else 6)
     for got, wanted in zip(outputs, ToyPipe(rule).run(), strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+def test_a_line_over_arc_length_is_exact_where_outputs_hasten() -> None:
+    actions: tuple[Action, ...] = ("full", "full", "step", "step", "step", "step")
+    wanted = ToyPipe(hastening).run()
+    outputs, _ = run(hastening, actions, Payload(order=1, arc_length=ARC))
+    for got, right in zip(outputs, wanted, strict=True):
+        torch.testing.assert_close(got, right)
+    over_numbers, _ = run(hastening, actions, Payload(order=1))
+    assert not torch.allclose(over_numbers[-1], wanted[-1], rtol=0.1)
+
+
+def test_a_rule_takes_what_lies_between_on_another_number_of_steps() -> None:
+    """A straight arc of three steps is one of six: the numbers' own."""
+    pipes = [ToyPipe(drifting) for _ in range(2)]
+    found = []
+    for pipe, arc in zip(pipes, (None, (0.0, 2.5, 5.0)), strict=True):
+        payload = Payload(order=1, arc_length=arc)
+        rule = RuleCache(warmup_frac=0.3, payload=payload, allowed=("step",))
+        with accelerate(pipe, Policy(cache=rule)):
+            found.append(pipe.run())
+    assert len(pipes[0].transformer.ran) < 2 * STEPS
+    assert pipes[0].transformer.ran == pipes[1].transformer.ran
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize(("rule", "form"), [(shifted, "output"), (constant, "latent")])

@@ -21,13 +21,19 @@ MakeFile = Callable[..., PolicyFile]
 GOLDEN = Path(__file__).resolve().parents[2] / "db" / "schemas" / "policy-1.json"
 RENEW = "DITUNE_RENEW_GOLDEN"
 
-payloads = st.builds(Payload, form=st.sampled_from(["hidden", "output"]), order=st.integers(0, 1))
+arcs = st.lists(st.floats(0, 1e4), min_size=2, max_size=60, unique=True).map(sorted).map(tuple)
+payloads = st.builds(
+    Payload,
+    form=st.sampled_from(["hidden", "output"]),
+    order=st.integers(0, 1),
+    arc_length=st.none() | arcs,
+)
 masks = st.builds(
     MaskCache,
     actions=st.lists(st.sampled_from(["full", "step", "cfg", "block"]), max_size=60).map(
         lambda rest: ("full", *rest)
     ),
-    payload=payloads,
+    payload=payloads.map(lambda payload: payload.model_copy(update={"arc_length": None})),
     fn_blocks=st.integers(0, 40),
     bn_blocks=st.integers(0, 40),
 )

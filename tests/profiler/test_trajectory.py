@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ditune.accel.tap import Observation
-from ditune.profiler.trajectory import SAMPLED, TrajectoryRecorder
+from ditune.profiler.trajectory import SAMPLED, Trajectory, TrajectoryRecorder
 
 
 def seen(
@@ -49,6 +49,14 @@ def test_both_halves_of_a_batch_are_guided_apart() -> None:
         recorder.watch(seen(step, "cond_uncond", torch.cat([uncond, cond]), latents, 0.5))
     (found,) = recorder.trajectories()
     assert found.gram[0, 0] == 9.0  # 1 + 2 * (2 - 1), squared
+
+
+def test_changes_are_relative_to_the_size_of_outputs() -> None:
+    outputs = np.array([[2.0, 0.0], [2.0, 2.0], [2.0, 2.0]])
+    rows = np.concatenate([outputs, np.zeros_like(outputs)])
+    found = Trajectory(rows @ rows.T / 2.0, np.array([1.0, 0.6, 0.3])).changes
+    size = np.sqrt((outputs**2).sum(axis=1).mean())
+    np.testing.assert_allclose(found, [2.0 / size, 0.0], atol=1e-7)
 
 
 def test_unknown_noise_levels_give_no_trajectory() -> None:

@@ -119,6 +119,9 @@ def test_every_indicator_form_and_order_has_its_words() -> None:
     mask = MaskCache(actions=("full", "step"), payload=Payload(form="latent", order=2))
     said = words.policy_in_words(Policy(cache=mask))
     assert "in a parabola through the last three differences from the input" in said
+    over = Payload(arc_length=(0.0, 2.0))
+    said = words.policy_in_words(Policy(cache=MaskCache(actions=("full", "step"), payload=over)))
+    assert "in a line through the last two outputs, over arc length." in said
 
 
 @pytest.mark.parametrize(

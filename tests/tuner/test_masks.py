@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ditune.db.policy import MaskCache
 from ditune.db.records import StepRedundancy
-from ditune.tuner.masks import densities, mask, place
+from ditune.tuner.masks import arc_length, densities, mask, place
 
 
 def changes(*values: float | None) -> list[StepRedundancy]:
@@ -26,6 +26,14 @@ def test_density_has_mean_one_and_fills_the_first_step() -> None:
 def test_density_is_flat_without_a_profile() -> None:
     assert densities([], 3) == [1.0, 1.0, 1.0]
     assert densities(changes(None, None), 2) == [1.0, 1.0]
+
+
+def test_arc_length_adds_changes_up_and_always_rises() -> None:
+    assert arc_length([1.0, 2.0, 3.0]) == (0.0, 0.5, 1.5, 3.0)
+    still = arc_length([0.0, 0.0, 4.0])
+    assert still is not None
+    assert all(before < after for before, after in pairwise(still))
+    assert arc_length([1.0, 1.0, 1.0]) is None
 
 
 def test_steps_lie_where_the_trajectory_moves() -> None:

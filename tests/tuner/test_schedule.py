@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditune.profiler.trajectory import Trajectory
-from ditune.tuner.schedule import StepSchedules
+from ditune.tuner.schedule import StepSchedules, gains
 
 STEPS = 9
 SIGMAS = np.linspace(1.0, 0.1, STEPS) ** 1.5
@@ -20,31 +20,46 @@ def trajectory(outputs: np.ndarray) -> Trajectory:
     return Trajectory(rows @ rows.T / outputs.shape[1], SIGMAS)
 
 
-def cost(outputs: np.ndarray, computed: tuple[int, ...]) -> float:
-    """Return the cost of a schedule by running it: the sum of the errors of all reused steps."""
-    scale = np.sqrt((outputs**2).mean(axis=1).mean())
+def cost(outputs: np.ndarray, computed: tuple[int, ...], axis: np.ndarray, early: float) -> float:
+    """Return the cost of a schedule by running it: how far each gap leaves the latents off."""
+    scale = (outputs**2).mean(axis=1).mean()
     widths = np.diff(np.append(SIGMAS, 0.0))
     total = 0.0
-    for step in set(range(STEPS)) - set(computed):
-        known = [c for c in computed if c < step][-2:]
-        guess = outputs[known[-1]]
-        if len(known) == 2:
-            slope = (step - known[1]) / (known[1] - known[0])
-            guess = guess + slope * (outputs[known[1]] - outputs[known[0]])
-        total += abs(widths[step]) * np.sqrt(((outputs[step] - guess) ** 2).mean()) / scale
+    for place, start in enumerate(computed):
+        following = computed[place + 1] if place + 1 < len(computed) else STEPS
+        off = np.zeros_like(outputs[0])
+        for step in range(start + 1, following):
+            guess = outputs[start]
+            if place:
+                before = computed[place - 1]
+                slope = (axis[step] - axis[start]) / (axis[start] - axis[before])
+                guess = guess + slope * (outputs[start] - outputs[before])
+            off += widths[step] * (outputs[step] - guess)
+        gain = 1.0 + early * (1.0 - (start + following) // 2 / STEPS) ** 4
+        total += gain**2 * (off**2).mean() / scale
     return total
 
 
-@given(seed=st.integers(0, 500), budget=st.integers(1, STEPS))
+@given(seed=st.integers(0, 500), budget=st.integers(1, STEPS), early=st.sampled_from([0.0, 7.0]))
 @settings(max_examples=40, deadline=None)
-def test_no_schedule_of_the_same_budget_is_better(seed: int, budget: int) -> None:
-    outputs = np.cumsum(np.random.default_rng(seed).standard_normal((STEPS, 30)), axis=0)
-    found = StepSchedules([trajectory(outputs)]).computed(budget)
+def test_no_schedule_of_the_same_budget_is_better(seed: int, budget: int, early: float) -> None:
+    random = np.random.default_rng(seed)
+    outputs = np.cumsum(random.standard_normal((STEPS, 30)), axis=0)
+    axis = np.cumsum(random.uniform(0.1, 2.0, STEPS))
+    found = StepSchedules([trajectory(outputs)], axis.tolist()).computed(budget, early)
     assert len(found) == budget
     assert found[0] == 0
     others = itertools.combinations(range(1, STEPS), budget - 1)
-    best = min(cost(outputs, (0, *other)) for other in others)
-    assert pytest.approx(best, rel=1e-6, abs=1e-9) == cost(outputs, tuple(found))
+    best = min(cost(outputs, (0, *other), axis, early) for other in others)
+    assert pytest.approx(best, rel=1e-6, abs=1e-9) == cost(outputs, tuple(found), axis, early)
+
+
+def test_outputs_that_move_evenly_over_the_axis_need_two_computed_steps() -> None:
+    axis = np.array([0.0, 0.1, 0.3, 0.4, 1.0, 2.5, 2.6, 2.8, 5.0])
+    outputs = 1.0 + axis[:, None] * np.array([[1.0, -2.0, 0.5]])
+    schedules = StepSchedules([trajectory(outputs)], axis.tolist())
+    assert schedules.computed(2) == [0, 1]  # any gap after the first reuses a constant
+    assert cost(outputs, (0, 1), axis, 0.0) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_steps_are_computed_where_outputs_turn() -> None:
@@ -54,11 +69,18 @@ def test_steps_are_computed_where_outputs_turn() -> None:
     assert {4, 5} <= set(found) or {5, 6} <= set(found)
 
 
-def test_a_tilt_moves_computed_steps() -> None:
+def test_errors_that_matter_early_move_computed_steps_there() -> None:
     outputs = np.cumsum(np.random.default_rng(0).standard_normal((STEPS, 30)), axis=0)
     schedules = StepSchedules([trajectory(outputs)])
-    early, late = (sum(schedules.computed(4, tilt)) for tilt in (-6.0, 6.0))
-    assert early < late
+    evenly, early = (sum(schedules.computed(4, weight)) for weight in (0.0, 100.0))
+    assert early < evenly
+
+
+def test_gains_fall_to_one() -> None:
+    found = gains(10, early=4.0)
+    assert found[0] == 5.0
+    assert found[-1] == 1.0
+    assert all(np.diff(found) < 0)
 
 
 def test_several_prompts_share_one_schedule() -> None:

@@ -10,8 +10,8 @@ from diffusers.hooks import SeaCacheConfig
 from ditune.tuner.peers.contract import Setting, cached
 from ditune.tuner.source import Source
 
-_THRESHOLDS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.55, 0.8)
-_LONGEST = (2, 3, 5)
+_THRESHOLDS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.55, 0.8, 1.2)
+_LONGEST = (2, 3, 5, 7)
 
 
 def settings(source: Source) -> list[Setting]:
