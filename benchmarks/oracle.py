@@ -1,10 +1,11 @@
 """How far from the limit is ditune? Masks that are searched for each prompt, its answer known.
 
 For every held-out prompt the best step mask of every number of computed steps is searched on the
-very prompt and seed that it is scored on, from ditune's masks, every peer's and the profile's, with
-at least 300 videos a prompt. The oracle then spends computed steps where they help most: no policy
-that is fixed before the prompt is known can do that. Needs the folder of `benchmarks.peers`; takes
-hours, and goes on where it stopped.
+very prompt and seed that it is scored on, from ditune's masks, every peer's, the profile's and
+those of the prompt's own trajectory, with at least 400 videos a prompt. Forecasts run over the
+steps' numbers, the profile's arc length or the prompt's own. The oracle then spends computed steps
+where they help most: no policy that is fixed before the prompt is known can do that. Needs the
+folder of `benchmarks.peers`; takes hours, and goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import json
 import multiprocessing
 import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -27,25 +28,37 @@ from torch import nn
 from ditune.accel.anatomy import denoisers
 from ditune.accel.apply import accelerate
 from ditune.accel.spans import BlockStack
+from ditune.accel.tap import tapped
 from ditune.cli.sources import quieten_libraries
 from ditune.db.comparison import Comparison
 from ditune.db.errors import UsageFault
-from ditune.db.policy import Action, MaskCache, Payload, Policy
+from ditune.db.policy import Action, ArcLength, MaskCache, Payload, Policy
 from ditune.miniature.system import MiniatureSource
-from ditune.profiler.record import record
+from ditune.profiler.trajectory import Trajectory, TrajectoryRecorder
 from ditune.profiler.work import WorkCounter
 from ditune.tuner.bench import Options, held_out_cases
 from ditune.tuner.evaluate import Case, Evaluator
 from ditune.tuner.peers import ours
 from ditune.tuner.peers.catalogue import PEERS
 from ditune.tuner.quality import parse_constraints
-from ditune.tuner.schedule import StepSchedules
+from ditune.tuner.schedule import StepSchedules, arc_length_of
 
-_EVALUATIONS, _PROMPTS = 300, 20
+_EVALUATIONS, _PROMPTS = 400, 20
 _OUT = Path("bench-out")
+_BUDGETS = range(6, 17)
 _NEAR_DB = 4.0  # budgets whose best mask lies this near to a floor are searched
 _TARGET = 0.85
-Mask = tuple[int, ...]  # the computed steps, in order
+_EARLY = (5.0, 1.0, 20.0)
+_OTHER_AXIS = 0.2  # how often a change of a mask also changes what its forecasts run over
+Steps = tuple[int, ...]  # the computed ones, in order
+Axis = Literal["numbers", "profile", "own"]  # what forecasts run over
+
+
+class Mask(NamedTuple):
+    """What the oracle tries."""
+
+    computed: Steps
+    axis: Axis
 
 
 @dataclass
@@ -58,24 +71,29 @@ class Frontier:
         """Return quality and mask by number of computed steps."""
         found: dict[int, tuple[float, Mask]] = {}
         for mask, psnr in self.tried.items():
-            if psnr > found.get(len(mask), (-1.0, ()))[0]:
-                found[len(mask)] = (psnr, mask)
+            count = len(mask.computed)
+            if count not in found or psnr > found[count][0]:
+                found[count] = (psnr, mask)
         return found
 
 
 class Oracle:
     """Searches the masks of one prompt; what it found is in a file of its own."""
 
-    def __init__(self, source: MiniatureSource, case: Case, folder: Path) -> None:
+    def __init__(
+        self, source: MiniatureSource, case: Case, folder: Path, axes: Mapping[Axis, ArcLength]
+    ) -> None:
         """Take up what the file holds."""
         self.case = case
+        self.axes = axes
         self.steps = int(source.call["num_inference_steps"])
         self.frontier = Frontier()
         self._evaluator = Evaluator(source, parse_constraints("psnr>=0"))
         self._log = folder / f"{case.seed}.jsonl"
         for line in self._log.read_text().splitlines() if self._log.exists() else ():
             found = json.loads(line)
-            self.frontier.tried[tuple(found["computed"])] = found["psnr"]
+            mask = Mask(tuple(found["computed"]), found.get("axis", "numbers"))
+            self.frontier.tried[mask] = found["psnr"]
 
     def search(self, starts: Iterable[Mask], floors: Sequence[float]) -> None:
         """Spend the evaluations of the prompt: the starts first, then changes of the best masks."""
@@ -95,9 +113,17 @@ class Oracle:
         """Return a neighbour: of the best mask of a count, or of one that computes a step more."""
         larger = best.get(count + 1)
         if larger is not None and source.random() < 0.3:
-            gone = source.choice(larger[1][1:])
-            return tuple(step for step in larger[1] if step != gone)
-        computed = set(best[count][1])
+            steps, axis = larger[1]
+            gone = source.choice(steps[1:])
+            return Mask(tuple(step for step in steps if step != gone), axis)
+        steps, axis = best[count][1]
+        if source.random() < _OTHER_AXIS:
+            axis = source.choice(get_args(Axis))
+        return Mask(self._moved(steps, source), axis)
+
+    def _moved(self, steps: Steps, source: random.Random) -> Steps:
+        """Return steps of which one or two lie elsewhere, mostly near by."""
+        computed = set(steps)
         for _ in range(1 if source.random() < 0.7 else 2):
             moved = source.choice(sorted(computed - {0}))
             free = [s for s in range(1, self.steps) if s not in computed]
@@ -106,12 +132,12 @@ class Oracle:
         return tuple(sorted(computed))
 
     def _try(self, mask: Mask) -> None:
-        if mask in self.frontier.tried or not mask or mask[0] != 0:
+        if mask in self.frontier.tried or mask.computed[:1] != (0,):
             return
-        outcome = self._evaluator.measure(policy(mask, self.steps), self.case, paired=False)
-        psnr = outcome.values["psnr"]
+        tried = policy(mask.computed, self.steps, self.axes.get(mask.axis))
+        psnr = self._evaluator.measure(tried, self.case, paired=False).values["psnr"]
         self.frontier.tried[mask] = psnr
-        line = {"prompt": self.case.prompt, "computed": mask, "psnr": psnr}
+        line = {"prompt": self.case.prompt, **mask._asdict(), "psnr": psnr}
         with self._log.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -122,7 +148,8 @@ class Job:
 
     case: Case
     folder: Path
-    planned: tuple[Mask, ...]
+    arc_length: ArcLength  # of the profile
+    planned: tuple[Steps, ...]
     floors: tuple[float, ...]
     comparison: Comparison | None
 
@@ -131,10 +158,14 @@ def searched(job: Job) -> dict[int, tuple[float, Mask]]:
     """Search one prompt; return quality and mask by number of computed steps."""
     quieten_libraries()
     source = MiniatureSource()
-    starts = list(job.planned)
+    own = _trajectories(source, job.case)
+    axes: dict[Axis, ArcLength] = {"profile": job.arc_length, "own": _arc_length(own)}
+    starts = [Mask(steps, "profile") for steps in job.planned]
+    starts += [Mask(steps, "own") for steps in _planned(own, axes["own"])]
     if job.comparison is not None:
-        starts += _of_standings(source, job.comparison, job.folder, job.case)
-    oracle = Oracle(source, job.case, _logs(job.folder))
+        found = _of_standings(source, job.comparison, job.folder, job.case)
+        starts += [Mask(steps, axis) for steps in found for axis in get_args(Axis)]
+    oracle = Oracle(source, job.case, _logs(job.folder), axes)
     oracle.search(starts, job.floors)
     print(f"{job.case.prompt}: {len(oracle.frontier.tried)} masks", flush=True)
     return oracle.frontier.best()
@@ -146,13 +177,14 @@ def _logs(folder: Path) -> Path:
     return found
 
 
-def policy(computed: Mask, steps: int) -> Policy:
+def policy(computed: Steps, steps: int, arc_length: ArcLength | None = None) -> Policy:
     """Return the policy that computes some steps and continues the outputs in a line."""
     actions: list[Action] = ["full" if step in computed else "step" for step in range(steps)]
-    return Policy(cache=MaskCache(actions=tuple(actions), payload=Payload(order=1)))
+    payload = Payload(order=1, arc_length=arc_length)
+    return Policy(cache=MaskCache(actions=tuple(actions), payload=payload))
 
 
-def realised(pipe: Any, run: Callable[[], object], steps: int) -> Mask:
+def realised(pipe: Any, run: Callable[[], object], steps: int) -> Steps:
     """Return which steps a peer really computed: those at which the last layer of blocks ran."""
     blocks = list(BlockStack(denoisers(pipe)[0]).named_blocks().values())
     last = [module for module in blocks[-1].modules() if isinstance(module, nn.Linear)][-1]
@@ -208,31 +240,43 @@ def search(
     comparison: Comparison | None = None,
 ) -> list[dict[int, tuple[float, Mask]]]:
     """Search all prompts, on as many cores as there are; a mask is evaluated on one thread."""
-    planned = tuple(_planned(source))
-    jobs = [Job(case, folder, planned, floors, comparison) for case in cases]
+    trajectories = ours.profiled(source).trajectories
+    arc = _arc_length(trajectories)
+    planned = tuple(_planned(trajectories, arc))
+    jobs = [Job(case, folder, arc, planned, floors, comparison) for case in cases]
     workers = min(len(os.sched_getaffinity(0)), len(jobs))
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(workers, torch.set_num_threads, (1,)) as pool:
         return pool.map(searched, jobs, chunksize=1)
 
 
-def _planned(source: MiniatureSource) -> list[Mask]:
-    """Return the masks of the profile, for every budget and several tilts."""
-    recorded = record(source.pipe, source.calibration[:2], call=source.call, seed=1_000)
-    schedules = StepSchedules(recorded.trajectories)
-    return [
-        tuple(schedules.computed(budget, tilt))
-        for budget in range(6, 20)
-        for tilt in (-2.0, -1.0, 0.0)
-    ]
+def _trajectories(source: MiniatureSource, case: Case) -> tuple[Trajectory, ...]:
+    """Return the plain trajectory of a case."""
+    recorder = TrajectoryRecorder(float(source.call["guidance_scale"]))
+    with tapped(source.pipe, recorder.watch):
+        generator = torch.Generator().manual_seed(case.seed)
+        source.pipe(prompt=case.prompt, generator=generator, **source.call)
+    return recorder.trajectories()
+
+
+def _planned(trajectories: Sequence[Trajectory], arc: ArcLength) -> list[Steps]:
+    """Return the masks of some trajectories, for every budget and several weights of errors."""
+    schedules = StepSchedules(trajectories, arc)
+    return [tuple(schedules.computed(budget, early)) for budget in _BUDGETS for early in _EARLY]
+
+
+def _arc_length(trajectories: Sequence[Trajectory]) -> ArcLength:
+    found = arc_length_of(trajectories)
+    assert found is not None, "outputs of the miniature never move at an even pace"
+    return found
 
 
 def _of_standings(
     source: MiniatureSource, comparison: Comparison, folder: Path, case: Case
-) -> list[Mask]:
+) -> list[Steps]:
     """Return the masks of everything that stood in the comparison, as they come out here."""
     steps = int(source.call["num_inference_steps"])
-    found: list[Mask] = []
+    found: list[Steps] = []
     for standing in comparison.standings:
         if standing.setting is None or standing.peer == "fewer steps":
             continue  # fewer steps are other steps, not some of these
@@ -256,7 +300,7 @@ def _work(source: MiniatureSource, case: Case) -> tuple[float, float]:
 
     steps = int(source.call["num_inference_steps"])
 
-    def counted(computed: Mask) -> int:
+    def counted(computed: Steps) -> int:
         generator = torch.Generator().manual_seed(case.seed)
         counter = WorkCounter()
         with accelerate(source.pipe, policy(computed, steps)), counter:

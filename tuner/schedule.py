@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ditune.profiler.trajectory import Trajectory
+from ditune.tuner.masks import arc_length
 
 _FADES = 4  # power with which the weight of early errors falls
 
@@ -34,6 +35,11 @@ def gains(steps: int, early: float) -> np.ndarray:
     """
     left: np.ndarray = 1.0 - np.arange(steps + 1) / steps
     return 1.0 + early * left**_FADES
+
+
+def arc_length_of(trajectories: Sequence[Trajectory]) -> tuple[float, ...] | None:
+    """Return how far outputs have travelled at each step, mean over one or more trajectories."""
+    return arc_length(np.mean([t.changes for t in trajectories], axis=0).tolist())
 
 
 class StepSchedules:

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy as np
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -26,7 +25,7 @@ from ditune.db.policy import Handoff, Indicator, MaskCache, Payload, Policy, Rul
 from ditune.db.records import Profile
 from ditune.profiler.trajectory import Trajectory
 from ditune.tuner.masks import arc_length, densities, mask, place
-from ditune.tuner.schedule import StepSchedules
+from ditune.tuner.schedule import StepSchedules, arc_length_of
 
 Parameters = Mapping[str, float | int | str]
 _COMPUTE_MIN = 0.05  # as a fraction of the steps
@@ -71,8 +70,7 @@ class Space:
             if value is not None
         }
         fitting = [t for t in trajectories if t.steps == self.steps]
-        changes = np.mean([t.changes for t in fitting], axis=0).tolist() if fitting else None
-        self._arc_length = arc_length(changes or self._density[1:])
+        self._arc_length = arc_length_of(fitting) if fitting else arc_length(self._density[1:])
         self._schedules = StepSchedules(fitting, self._arc_length) if fitting else None
         front = max(1, self.depth // 2)
         self.distributions: dict[str, BaseDistribution] = {
