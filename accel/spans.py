@@ -309,13 +309,13 @@ class _StandIn(nn.Module):
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        object.__setattr__(self, "block", block)  # the model keeps owning it
+        self._modules["block"] = block  # a hook that moves the model in mid-forward has to reach it
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["block"], name)
+        return getattr(self.__dict__["_modules"]["block"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        block, run = self.__dict__["block"], self.__dict__["run"]
+        block, run = self.__dict__["_modules"]["block"], self.__dict__["run"]
         arguments: dict[Slot, Any] = dict(enumerate(args))
         arguments.update(kwargs)
         return run(block, arguments, lambda: block(*args, **kwargs))

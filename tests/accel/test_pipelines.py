@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
@@ -102,6 +103,28 @@ def test_group_offloading_moves_what_runs(pipe: WanPipeline, generate: Generate)
     with accelerate(pipe, masked()) as applied:
         assert torch.equal(wanted, generate(pipe))
         assert applied.summary().steps["block"] == 2
+
+
+class Moved(ModelHook):  # type: ignore[misc]  # accelerate has no types
+    """What model offloading puts around a transformer: it moves the whole of it in every call."""
+
+    def __init__(self) -> None:
+        self.reached: set[int] = set()
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.reached.add(sum(tensor.numel() for tensor in module.parameters()))
+        return args, kwargs
+
+
+@pytest.mark.parametrize("form", ["output", "hidden"])
+def test_what_moves_a_model_reaches_blocks_that_are_left_out(
+    pipe: WanPipeline, generate: Generate, form: Any
+) -> None:
+    hook, size = Moved(), sum(tensor.numel() for tensor in pipe.transformer.parameters())
+    add_hook_to_module(pipe.transformer, hook)
+    with accelerate(pipe, masked(payload=Payload(form=form, order=1))):
+        generate(pipe)
+    assert hook.reached == {size}
 
 
 @pytest.mark.gpu
