@@ -71,7 +71,7 @@ class BlockStack:
         self.replaced = False  # whether stand-ins are in the model now
         self.problem = ""  # why spans cannot be left out, once that is known
         self._streams: dict[str, Streams] = {}
-        self._copies = False  # blocks change their inputs in place
+        self._copies = False  # what blocks took or returned may change afterwards
         self._kept_lists: dict[
             frozenset[tuple[str, int]], tuple[list[nn.Module], dict[str, nn.ModuleList]]
         ] = {}
@@ -140,6 +140,7 @@ class BlockStack:
         enter = {(s.name, s.first) for span in recording.spans for s in span}
         leave = {(s.name, s.last) for span in recording.spans for s in span}
         keys = enter | leave
+        self._notice_compiled()
         if lesson is not None:
             keys = {(n, i) for n, blocks in self.lists.items() for i in range(len(blocks))}
 
@@ -261,6 +262,7 @@ class BlockStack:
                 f"blocks of {type(self.model).__name__} cannot be left out: "
                 f"{self.problem or 'no forward was recorded yet'}"
             )
+        self._notice_compiled()
         left = list(residual)
         runners: dict[tuple[str, int], _Run] = {}
         for segment in self.segments(span):
@@ -269,6 +271,12 @@ class BlockStack:
             added, left = left[:count], left[count:]
             runners.update(_skipping(segment, streams, added, self._copies))
         return runners
+
+    def _notice_compiled(self) -> None:
+        """Copy streams from now on if blocks are compiled: CUDA graphs return their own memory."""
+        first = (blocks[0] for blocks in self.lists.values())
+        compiled = any(getattr(block, "_compiled_call_impl", None) is not None for block in first)
+        self._copies = self._copies or compiled
 
     @contextmanager
     def _replaced(self, runners: Mapping[tuple[str, int], _Run]) -> Iterator[None]:

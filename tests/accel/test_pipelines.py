@@ -272,6 +272,45 @@ def test_compiled_blocks_stay_one_graph_without_breaks(
     assert not dynamo["graph_break"]
 
 
+class OverwritingBackend:
+    """Returns the same memory from every run of a graph, as CUDA graphs do."""
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        kept: list[torch.Tensor] = []
+
+        def run(*arguments: Any) -> Any:
+            outputs = graph.forward(*arguments)
+            for index, output in enumerate(outputs):
+                if len(kept) <= index:
+                    kept.append(torch.empty_like(output))
+                kept[index].copy_(output)
+            return tuple(each.detach() for each in kept)
+
+        return run
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        masked(),
+        masked(payload=Payload(form="hidden", order=2)),
+        Policy(cache=RuleCache(warmup_frac=0.0, indicator="first_block", threshold=0.5)),
+    ],
+    ids=["mask", "hidden", "first_block"],
+)
+@pytest.mark.usefixtures("dynamo")
+def test_compiled_blocks_may_overwrite_what_they_returned(
+    generate: Generate, policy: Policy
+) -> None:
+    pipe = wan_pipeline()
+    with accelerate(pipe, policy):
+        eager = generate(pipe)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=OverwritingBackend())
+    with accelerate(pipe, policy):
+        for _ in range(2):
+            torch.testing.assert_close(generate(pipe), eager)
+
+
 @pytest.mark.parametrize("first", ["compile", "accelerate"])
 @pytest.mark.parametrize("form", ["output", "hidden"])
 @pytest.mark.usefixtures("dynamo")
