@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ditune.accel import fingerprint
 from ditune.accel.anatomy import denoisers
-from ditune.accel.indicator import indicator_for
+from ditune.accel.episode import Episode, Inputs
 from ditune.accel.internals import (
     ForwardHook,
     Output,
@@ -29,21 +29,10 @@ from ditune.accel.internals import (
 )
 from ditune.accel.location import Locator, Where
 from ditune.accel.lookup import lookup
-from ditune.accel.mixcache import (
-    BATCHED,
-    COND,
-    UNCOND,
-    Compute,
-    MixCache,
-    Place,
-    Tally,
-)
-from ditune.accel.plan import StepPlan
 from ditune.accel.request import Request, observed
 from ditune.accel.spans import BlockStack
-from ditune.accel.trigger import trigger_for
 from ditune.db.errors import DituneError, UsageFault
-from ditune.db.policy import Granularity, MaskCache, Policy, RuleCache
+from ditune.db.policy import Policy
 from ditune.db.records import Match
 
 DISABLE_VARIABLE = "DITUNE_DISABLE"
@@ -75,90 +64,6 @@ class Summary:
             f"caches {self.cache_bytes / 2**20:.1f} MiB",
         ]
         return "\n".join(lines + [f"  guard: {trip}" for trip in self.trips])
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a denoiser was called with, as far as decisions look at it."""
-
-    latents: Tensor
-    timestep: Tensor | None
-
-
-class Episode:
-    """One pipeline call under one policy."""
-
-    def __init__(
-        self, match: Match, where: Where, model: nn.Module, small: nn.Module | None, guided: bool
-    ) -> None:
-        """Check that the policy fits the call; one that does not is left out, with the reason."""
-        self.match = match
-        self.small = small
-        self.tally = Tally()
-        self._caches: dict[int, MixCache] = {}
-        self.plan: StepPlan | None = None
-        policy = match.policy
-        self.reason = match.reason if policy is None else _misfit(policy, where, small)
-        self.policy = None if self.reason else policy
-        self.reason = self.reason or match.reason
-        if self.policy is not None and self.policy.cache is not None:
-            cache = self.policy.cache
-            kind = cache.indicator if isinstance(cache, RuleCache) else None
-            branches = {COND, UNCOND} if kind == "first_block" else {COND, UNCOND, BATCHED}
-            granularities: set[Granularity] = {"step", "block"}
-            if guided and where.branch in branches:
-                granularities.add("cfg")
-            trigger = trigger_for(cache, where.steps, granularities)
-            measure = indicator_for(kind, model) if kind is not None else None
-            self.plan = StepPlan(cache, trigger, self.tally, measure)
-
-    def forward(self, where: Where, stack: BlockStack, inputs: Inputs, compute: Compute) -> Tensor:
-        """Return the output of one forward of a model; `compute` runs it and gives the sample."""
-        assert self.policy is not None
-        if self.policy.cache is None or self.plan is None:
-            depth = len(stack)
-            self.tally.forwards += 1
-            self.tally.computed += 1
-            self.tally.blocks_asked += depth
-            self.tally.blocks_run += depth
-            return compute()
-        cache = self._caches.get(id(stack))
-        if cache is None:
-            cache = MixCache(self.policy.cache, stack, self.tally, where.steps)
-            self._caches[id(stack)] = cache
-        place = Place(where.step, where.steps, where.branch, inputs.latents)
-        action = self.plan.action(place, where.sigma, inputs.timestep, cache)
-        return cache.forward(action, place, compute)
-
-    @property
-    def cache_bytes(self) -> int:
-        """What the caches hold now, or held when the call ended."""
-        held = sum(cache.byte_count for cache in self._caches.values())
-        return max(held, self.tally.cache_bytes)
-
-    def close(self) -> None:
-        """End the call and free its caches."""
-        self.tally.cache_bytes = self.cache_bytes
-        self._caches.clear()
-        if self.plan is not None:
-            self.plan.close()
-
-    def hands_over(self, where: Where) -> bool:
-        """Whether the small model does this forward."""
-        handoff = self.policy.handoff if self.policy is not None else None
-        if handoff is None or where.sigma is None:
-            return False
-        return where.sigma < handoff.sigma
-
-
-def _misfit(policy: Policy, where: Where, small: nn.Module | None) -> str:
-    """Return why a policy cannot serve a call, empty if it can."""
-    cache = policy.cache
-    if isinstance(cache, MaskCache) and len(cache.actions) != where.steps:
-        return f"the policy lists {len(cache.actions)} steps and this call has {where.steps}"
-    if policy.handoff is not None and small is None:
-        return "the policy hands over to a small model and none was given (small=...)"
-    return ""
 
 
 class _Hook(ForwardHook):
@@ -312,8 +217,7 @@ class Applied:
         if self._episode is not None:  # pipelines that never say when a call ends
             self._episode.close()
         match = self._match(where, latents)
-        guided = bool(getattr(self._pipe, "do_classifier_free_guidance", False))
-        episode = Episode(match, where, model, self._small, guided)
+        episode = Episode(match, where, model, self._small, self._pipe)
         if episode.policy is None:
             self._warn(f"running without a policy: {episode.reason}")
         return episode

@@ -105,18 +105,82 @@ class RuleCache(Record):
 CachePolicy = Annotated[MaskCache | RuleCache, Field(discriminator="kind")]
 
 
+Sigma = Annotated[float, Field(gt=0, le=1000)]  # a noise level, in the scheduler's own unit
+
+
 class Handoff(Record):
-    """SRDiffusion with a fixed switch: the large model down to `sigma`, the small one below it."""
+    """SRDiffusion with a fixed switch: the large model down to `sigma`, the small one below it.
+
+    Below `until` the large model comes back: the two disagree more again at the end.
+    """
 
     mode: Literal["static"] = "static"
-    sigma: Annotated[float, Field(gt=0, le=1000)]
+    sigma: Sigma
+    until: Sigma | None = None
+
+    def takes(self, sigma: float) -> bool:
+        """Whether the small model runs at a noise level."""
+        return (self.until or 0.0) <= sigma < self.sigma
+
+    @model_validator(mode="after")
+    def _falls(self) -> Self:
+        if self.until is not None and self.until >= self.sigma:
+            raise ValueError("the large model comes back below the switch: until < sigma")
+        return self
+
+
+class BandedHandoff(Record):
+    """The small model runs within bands of noise levels, [upper, lower), in falling order."""
+
+    mode: Literal["bands"] = "bands"
+    bands: Annotated[
+        tuple[tuple[Sigma, Annotated[float, Field(ge=0)]], ...], Field(min_length=1, max_length=500)
+    ]
+
+    def takes(self, sigma: float) -> bool:
+        """Whether the small model runs at a noise level."""
+        return any(lower <= sigma < upper for upper, lower in self.bands)
+
+    @model_validator(mode="after")
+    def _fall(self) -> Self:
+        edges = [edge for band in self.bands for edge in band]
+        apart = all(upper > lower for upper, lower in self.bands)
+        if not apart or any(after > before for before, after in pairwise(edges)):
+            raise ValueError("bands of noise levels are [upper, lower), in falling order and apart")
+        return self
+
+
+class AdaptiveHandoff(Record):
+    """SRDiffusion's own switch: once a signal's change per step has nearly stopped falling.
+
+    The change is tanh of the relative L1 distance. The small model takes over for good after the
+    first step, from `min_frac` of the steps on, at which the change fell by less than `delta`, and
+    after `max_frac` of them in any case. Which signal the paper means is not known; of the
+    candidates only the denoised estimate makes `delta` act alike on flow and diffusion models.
+    """
+
+    mode: Literal["adaptive"] = "adaptive"
+    signal: Literal["denoised", "latent", "output"] = "denoised"
+    delta: Annotated[float, Field(gt=0, le=1)] = 0.01
+    min_frac: Fraction = 0.1
+    max_frac: Fraction = 0.6
+    until: Sigma | None = None
+
+    @model_validator(mode="after")
+    def _has_room(self) -> Self:
+        if self.min_frac > self.max_frac:
+            raise ValueError("the latest switch lies before the earliest: min_frac <= max_frac")
+        return self
+
+
+HandoffPolicy = Annotated[Handoff | BandedHandoff | AdaptiveHandoff, Field(discriminator="mode")]
 
 
 class Policy(Record):
     """What to leave out of a pipeline's work; empty means the plain pipeline."""
 
     cache: CachePolicy | None = None
-    handoff: Handoff | None = None
+    handoff: HandoffPolicy | None = None
 
     @property
     def id(self) -> str:

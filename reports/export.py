@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import pandas as pd
 from junitparser import Failure, JUnitXml, TestCase, TestSuite
 
-from ditune.db.policy import RuleCache
+from ditune.db.policy import Handoff, RuleCache
 from ditune.db.records import Evidence, Trial
 from ditune.reports.words import visible
 
@@ -25,7 +25,7 @@ def trials_csv(trials: Iterable[Trial]) -> str:
 
 
 def _row(trial: Trial) -> dict[str, object]:
-    cache = trial.policy.cache
+    cache, handoff = trial.policy.cache, trial.policy.handoff
     kind = "none" if cache is None else "rule" if isinstance(cache, RuleCache) else "mask"
     row: dict[str, object] = {
         "trial": trial.number,
@@ -33,7 +33,8 @@ def _row(trial: Trial) -> dict[str, object]:
         "state": trial.state,
         "feasible": trial.feasible,
         "cache": kind,
-        "handoff_sigma": trial.policy.handoff.sigma if trial.policy.handoff else None,
+        "handoff": handoff.mode if handoff is not None else "none",
+        "handoff_sigma": handoff.sigma if isinstance(handoff, Handoff) else None,
         "speedup": trial.speedup,
         "work_ratio": trial.work_ratio,
     }

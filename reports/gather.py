@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ditune.db.policy import Action, MaskCache, Policy
+from ditune.db.policy import (
+    Action,
+    AdaptiveHandoff,
+    BandedHandoff,
+    Handoff,
+    MaskCache,
+    Policy,
+)
 from ditune.db.records import (
     Constraint,
     Interval,
@@ -101,14 +108,15 @@ def strip(policy: Policy, profile: Profile) -> tuple[StripCell, ...]:
     actions: tuple[Action, ...]
     if isinstance(policy.cache, MaskCache):
         actions = policy.cache.actions
-    elif policy.cache is None and policy.handoff is not None:
+    elif policy.cache is None and policy.handoff is not None:  # large or small, all in full
         full: Action = "full"
         actions = (full,) * profile.workload.steps
     else:
         return ()
-    below = policy.handoff.sigma if policy.handoff is not None else None
+    if isinstance(policy.handoff, AdaptiveHandoff):
+        return ()
     return tuple(
-        StripCell(step + 1, action, _is_below(sigmas.get(step), below))
+        StripCell(step + 1, action, _is_small(sigmas.get(step), policy.handoff))
         for step, action in enumerate(actions)
     )
 
@@ -124,8 +132,8 @@ def runs(cells: tuple[StripCell, ...]) -> list[tuple[int, int, StripCell]]:
     return found
 
 
-def _is_below(sigma: float | None, below: float | None) -> bool:
-    return sigma is not None and below is not None and sigma < below
+def _is_small(sigma: float | None, handoff: Handoff | BandedHandoff | None) -> bool:
+    return sigma is not None and handoff is not None and handoff.takes(sigma)
 
 
 # --- what was tried --------------------------------------------------------------------------

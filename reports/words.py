@@ -9,7 +9,16 @@ import math
 import unicodedata
 from collections import Counter
 
-from ditune.db.policy import Action, MaskCache, Payload, Policy, RuleCache
+from ditune.db.policy import (
+    Action,
+    BandedHandoff,
+    Handoff,
+    HandoffPolicy,
+    MaskCache,
+    Payload,
+    Policy,
+    RuleCache,
+)
 from ditune.db.records import Constraint, Interval
 
 ACTIONS: tuple[Action, ...] = ("full", "step", "cfg", "block")
@@ -26,6 +35,7 @@ _PLURAL: dict[Action, str] = {
     "block": "reuse the middle blocks",
 }
 _GRANULARITY = {"step": "the whole step", "cfg": "guidance", "block": "the middle blocks"}
+_SIGNAL = {"denoised": "denoised estimate", "latent": "latent", "output": "output"}
 _FORM = {  # one of them, several of them
     "output": ("output", "outputs"),
     "latent": ("difference from the input", "differences from the input"),
@@ -70,7 +80,7 @@ def policy_in_words(policy: Policy, steps: int | None = None) -> str:
         if "block" in policy.cache.allowed:
             said.append(_span(policy.cache))
     if policy.handoff is not None:
-        said.append(f"The small model takes over below sigma {number(policy.handoff.sigma)}.")
+        said.append(_handoff(policy.handoff))
     return " ".join(said) or "The plain pipeline: nothing is left out."
 
 
@@ -87,7 +97,7 @@ def policy_in_brief(policy: Policy) -> str:
             when = f"{rule.indicator} {number(rule.threshold)}, at most {rule.interval_max}"
         said.append(f"rule: {when}, {', '.join(rule.granularities)}")
     if policy.handoff is not None:
-        said.append(f"hand-off below sigma {number(policy.handoff.sigma)}")
+        said.append(_handoff_in_brief(policy.handoff))
     return "; ".join(said) or "plain pipeline"
 
 
@@ -210,6 +220,33 @@ def _span(cache: MaskCache | RuleCache) -> str:
     ends = (("first", cache.fn_blocks), ("last", cache.bn_blocks))
     kept = [f"the {end} {f'{n} blocks' if n > 1 else 'block'}" for end, n in ends if n]
     return f"Steps that reuse the middle blocks still run {' and '.join(kept) or 'no block'}."
+
+
+def _handoff(handoff: HandoffPolicy) -> str:
+    if isinstance(handoff, BandedHandoff):
+        bands = [f"{number(upper)} and {number(lower)}" for upper, lower in handoff.bands]
+        return f"The small model runs between sigma {', between '.join(bands)}."
+    if isinstance(handoff, Handoff):
+        said = f"The small model takes over below sigma {number(handoff.sigma)}"
+    else:
+        said = (
+            f"The small model takes over once the change of the {_SIGNAL[handoff.signal]} falls by "
+            f"less than {number(handoff.delta)} a step, at the earliest after "
+            f"{number(100 * handoff.min_frac)} % of the steps, at the latest after "
+            f"{number(100 * handoff.max_frac)} %"
+        )
+    back = "" if handoff.until is None else f", until sigma {number(handoff.until)}"
+    return f"{said}{back}."
+
+
+def _handoff_in_brief(handoff: HandoffPolicy) -> str:
+    if isinstance(handoff, BandedHandoff):
+        return f"small model in {len(handoff.bands)} bands of sigma"
+    if isinstance(handoff, Handoff):
+        said = f"hand-off below sigma {number(handoff.sigma)}"
+    else:
+        said = f"adaptive hand-off, {handoff.signal} {number(handoff.delta)}"
+    return said if handoff.until is None else f"{said}, until {number(handoff.until)}"
 
 
 def _payload(payload: Payload) -> str:

@@ -14,7 +14,15 @@ from tests.db.conftest import file_of
 
 from ditune.db import policy_file
 from ditune.db.errors import CorruptData, UsageFault
-from ditune.db.policy import Handoff, MaskCache, Payload, Policy, RuleCache
+from ditune.db.policy import (
+    AdaptiveHandoff,
+    BandedHandoff,
+    Handoff,
+    MaskCache,
+    Payload,
+    Policy,
+    RuleCache,
+)
 from ditune.db.records import PolicyFile
 
 MakeFile = Callable[..., PolicyFile]
@@ -44,10 +52,17 @@ rules = st.builds(
     delta1_ratio=st.floats(0, 1, exclude_min=True, exclude_max=True),
     payload=payloads,
 )
+handoffs = st.one_of(
+    st.builds(
+        Handoff, sigma=st.floats(1, 1000), until=st.none() | st.floats(0, 0.9, exclude_min=True)
+    ),
+    st.just(BandedHandoff(bands=((0.9, 0.5), (0.5, 0.0)))),
+    st.builds(AdaptiveHandoff, signal=st.sampled_from(["denoised", "latent", "output"])),
+)
 policies = st.builds(
     Policy,
     cache=st.none() | masks | rules,
-    handoff=st.none() | st.builds(Handoff, sigma=st.floats(0, 1000, exclude_min=True)),
+    handoff=st.none() | handoffs,
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),

@@ -4,7 +4,15 @@ import pytest
 from pydantic import ValidationError
 
 from ditune.db.digest import canonical, digest
-from ditune.db.policy import Handoff, MaskCache, Payload, Policy, RuleCache
+from ditune.db.policy import (
+    AdaptiveHandoff,
+    BandedHandoff,
+    Handoff,
+    MaskCache,
+    Payload,
+    Policy,
+    RuleCache,
+)
 from ditune.db.records import Interval
 
 
@@ -41,6 +49,11 @@ def test_ids_leave_out_what_is_absent() -> None:
         lambda: RuleCache(indicator="first_block", fn_blocks=0),
         lambda: RuleCache(indicator="first_block", allowed=("step",)),
         lambda: Handoff(sigma=-1.0),
+        lambda: Handoff(sigma=0.5, until=0.5),
+        lambda: BandedHandoff(bands=()),
+        lambda: BandedHandoff(bands=((0.2, 0.5),)),
+        lambda: BandedHandoff(bands=((0.9, 0.5), (0.6, 0.1))),
+        lambda: AdaptiveHandoff(min_frac=0.7, max_frac=0.6),
         lambda: Handoff(sigma=float("inf")),
         lambda: Interval(median="1", ci95=(1.0, 1.0), n=1),  # type: ignore[arg-type]
         lambda: Policy(speed=3),  # type: ignore[call-arg]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from ditune.db.policy import Policy, RuleCache
+from ditune.db.policy import AdaptiveHandoff, Policy, RuleCache
 from ditune.db.records import Constraint, LayerTiming, Quality, Study
 from ditune.reports import gather
 from ditune.reports.content import ReportContent
@@ -65,8 +65,9 @@ def test_strip_of_a_handoff_marks_steps_below_sigma(
     assert {"full"} == {cell.action for cell in cells}
 
 
-def test_a_rule_has_no_strip(content: ReportContent) -> None:
+def test_what_is_decided_at_run_time_has_no_strip(content: ReportContent) -> None:
     assert gather.strip(Policy(cache=RuleCache()), content.profile) == ()
+    assert gather.strip(Policy(handoff=AdaptiveHandoff()), content.profile) == ()
 
 
 def test_scatter_takes_mean_psnr_and_the_chosen_policy(content: ReportContent) -> None:

@@ -6,7 +6,16 @@ from typing import get_args
 
 import pytest
 
-from ditune.db.policy import Handoff, Indicator, MaskCache, Payload, Policy, RuleCache
+from ditune.db.policy import (
+    AdaptiveHandoff,
+    BandedHandoff,
+    Handoff,
+    Indicator,
+    MaskCache,
+    Payload,
+    Policy,
+    RuleCache,
+)
 from ditune.reports import words
 
 
@@ -57,6 +66,17 @@ def test_handoff_and_nothing() -> None:
     assert words.policy_in_words(handoff) == "The small model takes over below sigma 0.6."
     assert words.policy_in_words(Policy()) == "The plain pipeline: nothing is left out."
     assert words.policy_in_brief(handoff) == "hand-off below sigma 0.6"
+    said = words.policy_in_words(Policy(handoff=Handoff(sigma=0.6, until=0.1)))
+    assert said == "The small model takes over below sigma 0.6, until sigma 0.1."
+    bands = Policy(handoff=BandedHandoff(bands=((0.9, 0.6), (0.4, 0.0))))
+    said = words.policy_in_words(bands)
+    assert said == "The small model runs between sigma 0.9 and 0.6, between 0.4 and 0."
+    assert words.policy_in_brief(bands) == "small model in 2 bands of sigma"
+    adaptive = Policy(handoff=AdaptiveHandoff())
+    said = words.policy_in_words(adaptive)
+    assert "change of the denoised estimate falls by less than 0.01 a step" in said
+    assert "after 10 % of the steps, at the latest after 60 %." in said
+    assert words.policy_in_brief(adaptive) == "adaptive hand-off, denoised 0.01"
     assert words.policy_in_brief(Policy()) == "plain pipeline"
 
 

@@ -7,7 +7,7 @@ import optuna
 import pytest
 
 from ditune.accel.apply import Summary
-from ditune.db.policy import Action, MaskCache, Policy
+from ditune.db.policy import Action, Handoff, MaskCache, Policy
 from ditune.db.records import (
     Hardware,
     LayerTiming,
@@ -262,5 +262,5 @@ def test_handoff_lies_between_two_noise_levels() -> None:
     space = Space(profile(), handoff=True)
     point = space.baseline().parameters | {"handoff_frac": 0.4}
     handoff = space.policy(point).handoff
-    assert handoff is not None
+    assert isinstance(handoff, Handoff)
     assert pytest.approx((1.0 - 7 / STEPS + 1.0 - 8 / STEPS) / 2) == handoff.sigma
