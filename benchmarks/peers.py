@@ -37,7 +37,9 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
     means = _MEANS[:1] if arguments.quick else _MEANS
     options = Options()
     if arguments.quick:
-        options = Options(trials=6, calibration=1, confirmation=2, held_out=2, seeds=1)
+        options = Options(
+            trials=6, calibration=1, confirmation=2, confirmation_seeds=1, held_out=2, seeds=1
+        )
     floors = [parse_constraints(f"psnr>={m},psnr_worst>={m - _WORST_BELOW}") for m in means]
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     comparison = Bench(source, floors, folder, options, console.print).run()
@@ -50,7 +52,7 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
 
 def _add(benchmark: Benchmark, comparison: Comparison) -> None:
     benchmark.conditions["prompts"] = (
-        f"{comparison.calibration} to sweep on, {comparison.confirmation} to prove on, "
+        f"{comparison.calibration} to sweep on, {comparison.confirmation} videos to prove on, "
         f"{comparison.held_out} held-out videos"
     )
     for standing in comparison.standings:

@@ -57,7 +57,7 @@ class Comparison(Record):
     workload: Workload
     threads: Positive
     calibration: Count  # prompts that settings were swept on
-    confirmation: Count  # further prompts that the fastest had to hold their floors on
+    confirmation: Count  # further videos that the fastest had to hold their floors on
     held_out: Count  # videos that the figures rest on
     contenders: tuple[Contender, ...]
     standings: tuple[Standing, ...]

@@ -126,7 +126,7 @@ def _conditions(comparison: Comparison) -> list[tuple[str, str]]:
         ("pipeline", f"{workload.pipeline_class}, {workload.steps} steps, {workload.dtype}"),
         ("size", f"{workload.width}x{workload.height}, {workload.frames} frames"),
         ("settings swept on", f"{comparison.calibration} prompts"),
-        ("proved on", f"{comparison.confirmation} further prompts"),
+        ("proved on", f"{comparison.confirmation} further videos"),
         ("measured on", f"{comparison.held_out} held-out videos, all peers in turn on each"),
         ("when", comparison.created_at),
     ]

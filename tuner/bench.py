@@ -32,7 +32,7 @@ from ditune.tuner.source import Source
 
 Floors = tuple[Constraint, ...]
 _CALIBRATION_SEED, _CONFIRMATION_SEED, _HELD_OUT_SEED = 1_000, 500_000, 700_000
-_CANDIDATES = 6  # of a peer at some floors that are put to the proof
+_CANDIDATES = 10  # of a peer at some floors that are put to the proof
 _FAR = 0.1  # share of a floor that the first prompt may lie below it
 _NO_OP = 1.001  # work ratio of a peer that computed everything
 _ONE = Interval(median=1.0, ci95=(1.0, 1.0), n=1)
@@ -45,6 +45,7 @@ class Options:
     trials: int = 16  # of our search, for each set of floors
     calibration: int = 3
     confirmation: int = 8
+    confirmation_seeds: int = 3  # for each prompt of the proof
     held_out: int = 20
     seeds: int = 2  # for each held-out prompt
 
@@ -98,7 +99,8 @@ class Bench:
         self._log = Measurements(folder / "measurements.jsonl")
         held, count = source.held_out, self.options
         self._calibration = cases_of(source.calibration, count.calibration, _CALIBRATION_SEED)
-        self._confirmation = cases_of(held, count.confirmation, _CONFIRMATION_SEED)
+        proof = count.confirmation * count.confirmation_seeds
+        self._confirmation = cases_of(held[: count.confirmation], proof, _CONFIRMATION_SEED)
         self._held_out = held_out_cases(source, count)
 
     def run(self, names: Sequence[str] = tuple(PEERS)) -> Comparison:
@@ -124,7 +126,7 @@ class Bench:
             workload=profile.workload,
             threads=torch.get_num_threads(),
             calibration=options.calibration,
-            confirmation=options.confirmation,
+            confirmation=len(self._confirmation),
             held_out=len(self._held_out),
             contenders=tuple(c for peer in peers for c in self._contenders(peer)),
             standings=tuple(

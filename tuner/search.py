@@ -28,7 +28,7 @@ from ditune.tuner.space import EARLY, Proposal, Space
 
 SEARCH_PAIRS = 1  # interleaved pairs per trial; confirmation takes one per prompt
 _STARTUP_TRIALS = 8
-_LADDER = (1, 2, 3)  # steps more than the fewest that held
+_LADDER = ((0, 2), (1, 0), (1, 2), (2, 0), (2, 2), (3, 0))  # steps more than held, place in EARLY
 _MARGIN = 0.8  # confidence of the bound that a mean counts with
 _TYPICAL_WEIGHT = 3  # how many pairs the other trials of a study are worth to each
 
@@ -124,8 +124,8 @@ class Search:
         """Queue the profile's next mask, unless something waits already or enough is known.
 
         Where the bracket is closed, one step less may still hold with its steps placed otherwise.
-        A few more steps follow, for the case that the proof does not bear out what held here, and
-        MixCache's own rule.
+        A few more steps follow, also placed for prompts whose early errors grow more: the proof
+        may not bear out what held on a few prompts. MixCache's own rule comes last.
         """
         if self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             return
@@ -137,7 +137,11 @@ class Search:
         held = bracket(done, fewest, steps).held
         tried = {trial.policy.id for trial in done}
         below = [self.space.prior(held - 1, early) for early in EARLY] if held > fewest else []
-        above = [self.space.prior(held + more) for more in _LADDER if held + more < steps]
+        above = [
+            self.space.prior(held + more, EARLY[place])
+            for more, place in _LADDER
+            if held + more < steps
+        ]
         for proposal in [*below, *above, self.space.default()]:
             if self.space.policy(proposal.parameters).id not in tried:
                 self._enqueue(proposal)

@@ -19,7 +19,9 @@ from ditune.tuner.quality import parse_constraints
 from ditune.tuner.source import FolderSource, Source
 
 FLOORS = [parse_constraints(text) for text in ("psnr>=30", "psnr>=99")]
-OPTIONS = Options(trials=3, calibration=3, confirmation=4, held_out=2, seeds=2)
+OPTIONS = Options(
+    trials=3, calibration=3, confirmation=2, confirmation_seeds=2, held_out=2, seeds=2
+)
 PEER_NAMES = ("fewer steps", "FirstBlockCache", "crashing", "idle")
 
 
