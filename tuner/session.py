@@ -58,7 +58,7 @@ class Options:
     profile_prompts: int = 2
     search_prompts: int = 3
     confirm_prompts: int = 20  # as many as the proof speaks for
-    confirm_candidates: int = 4
+    confirm_candidates: int = 8
     arguments: Mapping[str, str] = field(default_factory=dict)  # kept with the study, for resuming
 
 
