@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
+from ditune.accel.pairs import configs_in, require_pair
 from ditune.db.digest import digest_bytes
 from ditune.db.errors import UsageFault
 
@@ -97,9 +98,12 @@ def load_folder(
         revision: The hub revision of `model`.
 
     Raises:
-        UsageFault: The folder is missing or is no pipeline, or there are too few prompts.
+        UsageFault: The folder is missing or is no pipeline, there are too few prompts, or the small
+            model cannot take over from the large one.
     """
     require_loadable(model, len(prompts))
+    if small_model is not None:
+        _require_pair(model, small_model)
     pipe = _load(model, revision)
     small = _load(small_model, None).transformer if small_model else None
     return FolderSource(
@@ -134,6 +138,13 @@ def require_loadable(model: str, prompts: int) -> None:
             f"a search needs at least {PROMPTS_MIN} prompts, half of them to prove the winner on, "
             f"and got {prompts}: add some to the file"
         )
+
+
+def _require_pair(model: str, small_model: str) -> None:
+    """Compare what can be compared before anything is loaded: pipelines in folders."""
+    large, small = Path(model), Path(small_model)
+    if large.is_dir() and small.is_dir():
+        require_pair(configs_in(large), configs_in(small), (model, small_model))
 
 
 def _load(model: str, revision: str | None) -> Any:

@@ -174,6 +174,24 @@ def test_doctor_prints_the_fingerprint(command: Any) -> None:
     assert command("doctor")[0] == code
 
 
+def test_doctor_says_what_keeps_two_models_apart(command: Any, tmp_path: Path) -> None:
+    for name, layers, patch in (("large", 4, 2), ("small", 2, 2), ("other", 2, 1)):
+        config = {"num_layers": layers, "num_attention_heads": 2, "attention_head_dim": 8}
+        (tmp_path / name / "transformer").mkdir(parents=True)
+        text = json.dumps(config | {"patch_size": patch})
+        (tmp_path / name / "transformer" / "config.json").write_text(text)
+    large, small, other = (str(tmp_path / name) for name in ("large", "small", "other"))
+
+    def said(*pair: str) -> list[str]:
+        findings = json.loads(command("doctor", "--json", "--pair", *pair)[1])["findings"]
+        return [each for each in findings if "cannot take over" in each]
+
+    assert not said(large, small)
+    assert "transformer.patch_size: 2 against 1" in said(large, other)[0]
+    assert "transformer size" in said(small, large)[0]
+    assert command("doctor", "--pair", large, str(tmp_path))[0] == 2
+
+
 def test_version(command: Any) -> None:
     from ditune import __version__
 

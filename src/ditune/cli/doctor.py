@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sqlite3
 from importlib import metadata
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,12 +19,23 @@ _SQLITE_WAL_FIX = (3, 51, 3)
 _SQLITE_WAL_BACKPORTS = ((3, 44, 6), (3, 50, 7))
 
 
-def doctor(json_output: sources.Json = False) -> None:
+Pair = Annotated[
+    tuple[Path, Path] | None,
+    typer.Option(
+        "--pair",
+        metavar="LARGE SMALL",
+        help="Folders of two pipelines: say what keeps the small model from taking over.",
+    ),
+]
+
+
+def doctor(pair: Pair = None, json_output: sources.Json = False) -> None:
     """Show the fingerprint of this machine and list findings (exit 5 if there are any)."""
     from ditune.accel import fingerprint
 
+    findings = _misfits(*pair) if pair is not None else []  # bad folders first
     hardware, software, _ = fingerprint.detect()
-    findings = _findings()
+    findings += _findings()
     if json_output:
         seen: dict[str, Any] = {
             "schema": "ditune/doctor-1",
@@ -43,6 +55,14 @@ def doctor(json_output: sources.Json = False) -> None:
             console.print(f"[yellow]finding[/] {escape(finding)}")
     if findings:
         raise typer.Exit(5)
+
+
+def _misfits(large: Path, small: Path) -> list[str]:
+    """Return what two pipelines differ in, one sentence each."""
+    from ditune.accel.pairs import configs_in, differences
+
+    found = differences(configs_in(large), configs_in(small))
+    return [f"{small} cannot take over from {large}: {difference}" for difference in found]
 
 
 def _findings() -> list[str]:
