@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ditune.accel.mixcache import BATCHED, COND, UNCOND, Place
+from ditune.accel.mixcache import Place, guided, input_like
 from ditune.accel.payload import relative_l1
 from ditune.db.policy import AdaptiveHandoff, HandoffPolicy
 
@@ -79,9 +79,8 @@ class Falling:
 class _Seen:
     """What the last step showed."""
 
-    step: int
+    place: Place
     sigma: float | None
-    latents: Tensor
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -100,8 +99,8 @@ class Signal:
 
     def note(self, place: Place, sigma: float | None, sample: Tensor) -> None:
         """Take the output of one forward."""
-        if self._seen is None or self._seen.step != place.step:
-            self._seen = _Seen(place.step, sigma, place.latents)
+        if self._seen is None or self._seen.place.step != place.step:
+            self._seen = _Seen(place, sigma)
         self._seen.outputs[place.branch] = sample
 
     def change(self) -> tuple[int, Tensor | None] | None:
@@ -115,27 +114,19 @@ class Signal:
         now, before = self._value(seen), self._before
         self._before = now
         if now is None or before is None or now.shape != before.shape:
-            return seen.step, None
-        return seen.step, torch.tanh(relative_l1(now, before))
+            return seen.place.step, None
+        return seen.place.step, torch.tanh(relative_l1(now, before))
 
     def _value(self, seen: _Seen) -> Tensor | None:
-        guided = self._guided(seen.outputs)
-        latents = seen.latents[tuple(slice(size) for size in guided.shape)]
+        output = guided(seen.outputs, self._scale)
+        latents = input_like(output, seen.place)
         if self._kind == "output":
-            return guided
+            return output
         if self._kind == "latent":
             return latents
-        if seen.sigma is None or latents.shape != guided.shape:
+        if seen.sigma is None or latents.shape != output.shape:
             return None
-        return denoised(latents, guided, seen.sigma, self._prediction)
-
-    def _guided(self, outputs: dict[str, Tensor]) -> Tensor:
-        if BATCHED in outputs:
-            uncond, cond = outputs[BATCHED].chunk(2)
-            return torch.lerp(uncond, cond, self._scale)
-        if COND in outputs and UNCOND in outputs:
-            return torch.lerp(outputs[UNCOND], outputs[COND], self._scale)
-        return next(iter(outputs.values()))
+        return denoised(latents, output, seen.sigma, self._prediction)
 
 
 class Router:

@@ -151,7 +151,7 @@ class MixCache:
         if found is None:
             return None
         if self._form == "latent":
-            return found[0] + _input_like(found[0], place)
+            return found[0] + input_like(found[0], place)
         return found[0]
 
     def _cfg(self, place: Place, compute: Compute) -> Tensor | None:
@@ -239,7 +239,7 @@ class MixCache:
         if self._form == "latent" and not _fits(sample, place):
             self._note_trip("outputs are not shaped like latents: they are reused as they are")
             self._form = "output"
-        kept = sample - _input_like(sample, place) if self._form == "latent" else sample
+        kept = sample - input_like(sample, place) if self._form == "latent" else sample
         first = self._comes_first(place)
         if first and self._watches_each and state.output.values:
             self._gap = place.step - state.output.steps[-1]
@@ -286,13 +286,28 @@ class MixCache:
         return sum(history.byte_count for history in histories)
 
 
+def guided(outputs: Mapping[str, Tensor], scale: float) -> Tensor:
+    """Return what guidance makes of the outputs of a step's branches, as the pipeline does.
+
+    Args:
+        outputs: By branch; one alone is what it is.
+        scale: Of guidance; 1 gives the conditional output.
+    """
+    if BATCHED in outputs:
+        uncond, cond = outputs[BATCHED].chunk(2)
+        return torch.lerp(uncond, cond, scale)
+    if UNCOND in outputs and COND in outputs:
+        return torch.lerp(outputs[UNCOND], outputs[COND], scale)
+    return next(iter(outputs.values()))
+
+
 def _fits(sample: Tensor, place: Place) -> bool:
     """Whether the input has a part that is shaped like the output."""
     shape, within = sample.shape, place.latents.shape
     return len(shape) == len(within) and all(a <= b for a, b in zip(shape, within, strict=True))
 
 
-def _input_like(sample: Tensor, place: Place) -> Tensor:
+def input_like(sample: Tensor, place: Place) -> Tensor:
     """Return the part of the model's input that its output is about.
 
     Channels that hold a condition (image to video), and tokens of a reference image, come after.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ditune.accel.mixcache import BATCHED, COND, UNCOND
+from ditune.accel.mixcache import BATCHED, COND, UNCOND, guided
 from ditune.accel.payload import byte_count, relative_l1
 from ditune.accel.tap import Observation
 from ditune.db.records import ForwardBytes, StepRedundancy
@@ -112,15 +112,10 @@ class Redundancy:
     def _sibling_distance(self, step: _Step) -> Tensor | None:
         if not step.siblings:
             return None
-        large, small = self._guided(step.outputs), self._guided(step.siblings)
+        large, small = (guided(each, self._scale) for each in (step.outputs, step.siblings))
         distance: Tensor = torch.linalg.vector_norm(small - large)
         scale: Tensor = torch.linalg.vector_norm(large)
         return distance / scale
-
-    def _guided(self, branches: dict[str, Tensor]) -> Tensor:
-        if UNCOND not in branches:
-            return next(iter(branches.values()))
-        return torch.lerp(branches[UNCOND], branches[COND], self._scale)
 
     def _note(self, kind: str, index: int, value: Tensor | None) -> None:
         if value is not None:

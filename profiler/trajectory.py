@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditune.accel.mixcache import BATCHED, COND, UNCOND
+from ditune.accel.mixcache import BATCHED, COND, UNCOND, guided
 from ditune.accel.tap import Observation
 
 SAMPLED = 65_536  # values of a latent that are looked at; of more, an even selection
@@ -86,16 +86,12 @@ class TrajectoryRecorder:
         known = [sigma for sigma in sigmas if sigma is not None]
         if len(outputs) < 2 or len(known) < len(sigmas):
             return
-        vectors = [*map(self._guided, outputs), *latents]
+        vectors = [*(guided(each, self._scale) for each in outputs), *latents]
         if len({len(vector) for vector in vectors}) > 1:
             return
         rows = torch.stack(vectors).double()
         gram = rows @ rows.T / rows.shape[1]
         self._done.append(Trajectory(gram.numpy(), np.asarray(known)))
-
-    def _guided(self, branches: dict[str, Tensor]) -> Tensor:
-        cond = next(iter(branches.values()))
-        return torch.lerp(branches[UNCOND], cond, self._scale) if UNCOND in branches else cond
 
 
 def _conditional(seen: Observation, values: Tensor) -> Tensor:

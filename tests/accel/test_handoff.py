@@ -161,8 +161,10 @@ def test_branches_are_guided_in_any_order_and_form(kind: Any) -> None:
                 signal.note(place, 0.9 - 0.1 * step, outputs[branch])
             last = signal.change()
         assert last is not None
-        assert last[0] == 1
-        found.append(float(last[1]))  # type: ignore[arg-type]
+        step, change = last
+        assert step == 1
+        assert change is not None
+        found.append(float(change))
     assert found == pytest.approx([found[0]] * 3)
     assert 0.0 < found[0] < 1.0
 

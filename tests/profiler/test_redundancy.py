@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import WanPipeline
@@ -42,6 +44,17 @@ def test_disagreement_is_measured_on_the_guided_output() -> None:
     redundancy = Redundancy(guidance_scale=3.0)
     redundancy.watch(seen(0, "cond", 2.0, sibling=3.0))
     redundancy.watch(seen(0, "uncond", 1.0, sibling=1.0))
+    assert pytest.approx((3.0 / 4.0,)) == redundancy.disagreement()
+
+
+def test_disagreement_of_a_batched_model_is_guided_too() -> None:
+    redundancy = Redundancy(guidance_scale=3.0)
+    both = replace(
+        seen(0, "cond_uncond", 0.0),
+        output=torch.tensor([[1.0], [2.0]]),  # unconditional first
+        sibling=torch.tensor([[1.0], [3.0]]),
+    )
+    redundancy.watch(both)
     assert pytest.approx((3.0 / 4.0,)) == redundancy.disagreement()
 
 
