@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from ditune.accel import fingerprint
@@ -30,6 +31,8 @@ from ditune.accel.internals import (
 from ditune.accel.location import Locator, Where
 from ditune.accel.lookup import lookup
 from ditune.accel.request import Request, observed
+from ditune.accel.residence import Offload, Residence, require_movable, weight_bytes
+from ditune.accel.sibling import Sibling
 from ditune.accel.spans import BlockStack
 from ditune.db.errors import DituneError, UsageFault
 from ditune.db.policy import Policy
@@ -51,6 +54,7 @@ class Summary:
     small_forwards: int
     work_ratio: float  # blocks asked for / blocks run, of whichever model ran
     cache_bytes: int
+    peak_weight_bytes: int  # of the large and the small model, on the device together
     trips: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -61,7 +65,8 @@ class Summary:
             f"ditune: {policy} ({self.reason})",
             f"  steps: {steps or 'none'}; forwards: {self.computed} of {self.forwards} computed, "
             f"{self.small_forwards} by the small model; work {self.work_ratio:.2f}x less; "
-            f"caches {self.cache_bytes / 2**20:.1f} MiB",
+            f"caches {self.cache_bytes / 2**20:.1f} MiB, weights "
+            f"{self.peak_weight_bytes / 2**20:.1f} MiB",
         ]
         return "\n".join(lines + [f"  guard: {trip}" for trip in self.trips])
 
@@ -88,14 +93,17 @@ class Applied:
         pipe: Any,
         policy: Policy | None,
         *,
-        small: nn.Module | None = None,
+        small: Any = None,
+        offload: Offload = "none",
         db: str | Path | None = None,
         tier: str = "default",
     ) -> None:
         """Attach to every denoiser of a pipeline; see `accelerate`."""
         self._pipe = pipe
         self._policy = policy
-        self._small = small
+        self._small = Sibling.of(pipe, small) if small is not None else None
+        self._offload = offload
+        self._residence: Residence | None = None
         self._db = db
         self._tier = tier
         self._episode: Episode | None = None
@@ -106,6 +114,7 @@ class Applied:
         self._warned: set[str] = set()
         self._models: list[nn.Module] = []
         for model in denoisers(pipe):
+            require_movable(model, offload)
             self._stack(model)  # refuses models without one before anything is attached
         for model in denoisers(pipe):
             attach(model, _Hook(self))
@@ -123,11 +132,15 @@ class Applied:
         """Take the hooks off; the pipeline is bit for bit what it was."""
         while self._models:
             detach(self._models.pop())
+        if self._residence is not None:
+            self._residence.leave()
 
     def finish(self) -> None:
         """Begin anew with the next forward, whatever its step; counters stay for `summary`."""
         if self._episode is not None:
             self._episode.close()
+        if self._residence is not None:
+            self._residence.leave()
         self._locator.reset()
 
     def summary(self) -> Summary:
@@ -149,6 +162,7 @@ class Applied:
             small_forwards=tally.small_forwards,
             work_ratio=tally.blocks_asked / max(tally.blocks_run, 1),
             cache_bytes=episode.cache_bytes,
+            peak_weight_bytes=self._peak_weight_bytes(),
             trips=tuple(tally.trips),
         )
 
@@ -171,10 +185,12 @@ class Applied:
         if episode is None or episode.policy is None:
             return hook.whole(module, *args, **kwargs)
         small = episode.small if episode.hands_over(where) else None
-        stack = self._stack(small or module)
+        stack = self._stack(module if small is None else small.model)
         run = self._runner(hook, module, stack) if small is None else small
 
         def compute(*, conditional_half: bool = False) -> Tensor:
+            if self._residence is not None:
+                self._residence.require(small=small is not None)
             if conditional_half:
                 count = len(latents)
                 output = Output.of(run(*second_half(args, count), **second_half(kwargs, count)))
@@ -220,7 +236,27 @@ class Applied:
         episode = Episode(match, where, model, self._small, self._pipe)
         if episode.policy is None:
             self._warn(f"running without a policy: {episode.reason}")
+        elif episode.policy.handoff is not None and self._residence is None:
+            self._residence = self._moved(model, latents.device)
         return episode
+
+    def _moved(self, large: nn.Module, device: torch.device) -> Residence | None:
+        """Return what moves the two models, None where both stay."""
+        if self._small is None:
+            return None
+        if self._offload == "none":
+            self._small.require_on(device)
+            return None
+        if device.type == "cpu":
+            self._warn(f"offload={self._offload!r} moves nothing: the pipeline runs on the CPU")
+            return None
+        return Residence(large, self._small.model, self._offload, device)
+
+    def _peak_weight_bytes(self) -> int:
+        if self._residence is not None:
+            return self._residence.peak_bytes
+        models = [*self._models, *([self._small.model] if self._small is not None else [])]
+        return sum(map(weight_bytes, models))
 
     def _match(self, where: Where, latents: Tensor) -> Match:
         if self._policy is not None:
@@ -245,7 +281,8 @@ class Applied:
         """
         hardware = fingerprint.hardware(latents.device)
         match = Match(kind="baseline", reason="not looked up")
-        for small in dict.fromkeys((self._small, None)):
+        model = self._small.model if self._small is not None else None
+        for small in dict.fromkeys((model, None)):
             workload = fingerprint.workload(self._pipe, request, small)
             try:
                 match = lookup(hardware, workload, db=self._db, tier=self._tier)
@@ -265,7 +302,8 @@ def accelerate(
     pipe: Any,
     policy: Policy | None = None,
     *,
-    small: nn.Module | None = None,
+    small: Any = None,
+    offload: Offload = "none",
     db: str | Path | None = None,
     tier: str = "default",
 ) -> Applied:
@@ -277,7 +315,11 @@ def accelerate(
     Args:
         pipe: A diffusers pipeline with a transformer.
         policy: Use this policy instead of looking one up.
-        small: The small model of the family, for policies that hand over to it.
+        small: The small model of the family, or its pipeline, for policies that hand over to it.
+            CogVideoX needs the pipeline: forwards are converted to its schedule and latent scale.
+        offload: Where its weights are. "none": where you put them, which has to be the pipeline's
+            device. "lazy": on the host until a call hands over. "swap": the large model leaves as
+            it comes, which breaks CUDA graphs.
         db: The policy database; `$DITUNE_DB` or the user's data folder by default.
         tier: Which of several stored trade-offs.
 
@@ -285,6 +327,7 @@ def accelerate(
         A handle: use it in `with`, or call `remove()`; `summary()` tells what the last call did.
 
     Raises:
-        UsageFault: The pipeline has no transformer with repeated blocks, or already carries ditune.
+        UsageFault: The pipeline has no transformer with repeated blocks, or already carries ditune,
+            or the small model cannot take over; each field in which they differ is named.
     """
-    return Applied(pipe, policy, small=small, db=db, tier=tier)
+    return Applied(pipe, policy, small=small, offload=offload, db=db, tier=tier)

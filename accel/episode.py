@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,23 @@ from ditune.accel.indicator import indicator_for
 from ditune.accel.location import Where
 from ditune.accel.mixcache import BATCHED, COND, UNCOND, Compute, MixCache, Place, Tally
 from ditune.accel.plan import StepPlan
+from ditune.accel.sibling import Sibling
 from ditune.accel.spans import BlockStack
 from ditune.accel.trigger import trigger_for
-from ditune.db.policy import CachePolicy, Granularity, HandoffPolicy, MaskCache, Policy, RuleCache
+from ditune.db.policy import (
+    AdaptiveHandoff,
+    BandedHandoff,
+    CachePolicy,
+    Granularity,
+    Handoff,
+    HandoffPolicy,
+    MaskCache,
+    Policy,
+    RuleCache,
+)
 from ditune.db.records import Match
+
+_log = logging.getLogger("ditune")
 
 
 @dataclass(frozen=True)
@@ -30,7 +44,7 @@ class Episode:
     """Everything that is decided and remembered during one call; nothing outlives it."""
 
     def __init__(
-        self, match: Match, where: Where, model: nn.Module, small: nn.Module | None, pipe: Any
+        self, match: Match, where: Where, model: nn.Module, small: Sibling | None, pipe: Any
     ) -> None:
         """Check that the policy fits the call; one that does not is left out, with the reason.
 
@@ -47,6 +61,8 @@ class Episode:
         self._caches: dict[int, MixCache] = {}
         self._plan: StepPlan | None = None
         self._router: Router | None = None
+        self._last: Where | None = None
+        self._handed_over = False
         policy = match.policy
         self.reason = match.reason if policy is None else _misfit(policy, where, small)
         self.policy = None if self.reason else policy
@@ -71,6 +87,7 @@ class Episode:
 
     def forward(self, where: Where, stack: BlockStack, inputs: Inputs, compute: Compute) -> Tensor:
         """Return the output of one forward of a model; `compute` runs it and gives the sample."""
+        self._last = where
         place = Place(where.step, where.steps, where.branch, inputs.latents)
         sample = self._sample(where, place, stack, inputs.timestep, compute)
         if self._router is not None:
@@ -110,15 +127,28 @@ class Episode:
         """End the call and free its caches."""
         self.tally.cache_bytes = self.cache_bytes
         self._caches.clear()
+        if self._router is not None:
+            self._notice_inert()
         self._router = None
         if self._plan is not None:
             self._plan.close()
+
+    def _notice_inert(self) -> None:
+        """Report a call that came to its end without a step of the small model."""
+        last = self._last
+        ended = last is not None and last.step == last.steps - 1
+        if ended and last is not None and not self._handed_over:
+            said = f"the policy hands over and the small model ran none of {last.steps} steps"
+            self.tally.trips.append(said)
+            _log.warning("ditune: %s", said)
 
     def hands_over(self, where: Where) -> bool:
         """Whether the small model does this forward."""
         if self._router is None or where.sigma is None:
             return False
-        return self._router.small(where.step, where.sigma)
+        small = self._router.small(where.step, where.sigma)
+        self._handed_over |= small
+        return small
 
 
 def _routed(handoff: HandoffPolicy, where: Where, pipe: Any, guided: bool) -> Router:
@@ -126,7 +156,7 @@ def _routed(handoff: HandoffPolicy, where: Where, pipe: Any, guided: bool) -> Ro
     return Router(handoff, where.steps, pipe.scheduler, scale)
 
 
-def _misfit(policy: Policy, where: Where, small: nn.Module | None) -> str:
+def _misfit(policy: Policy, where: Where, small: Sibling | None) -> str:
     """Return why a policy cannot serve a call, empty if it can."""
     cache = policy.cache
     if isinstance(cache, MaskCache) and len(cache.actions) != where.steps:
@@ -137,4 +167,15 @@ def _misfit(policy: Policy, where: Where, small: nn.Module | None) -> str:
         return "the policy hands over to a small model and none was given (small=...)"
     if where.sigma is None:
         return "the policy hands over at a noise level and the scheduler tells none"
+    handoff = policy.handoff
+    if not isinstance(handoff, AdaptiveHandoff) and handoff.takes(where.sigma):
+        return (
+            f"the policy hands over from sigma {_upper(handoff):.4g} on and this call starts at "
+            f"{where.sigma:.4g}: the large model would run no step of its sketch"
+        )
     return ""
+
+
+def _upper(handoff: Handoff | BandedHandoff) -> float:
+    """Return the noise level below which the small model first runs."""
+    return handoff.sigma if isinstance(handoff, Handoff) else handoff.bands[0][0]

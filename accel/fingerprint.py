@@ -27,14 +27,15 @@ _SAMPLED_VALUES = 64  # and how many values of each
 
 
 def detect(
-    pipe: Any = None, call: Mapping[str, Any] | None = None, small: nn.Module | None = None
+    pipe: Any = None, call: Mapping[str, Any] | None = None, small: Any = None
 ) -> tuple[Hardware, Software, Workload | None]:
     """Return the fingerprint of this machine and, for a pipeline, of a call to it.
 
     Args:
         pipe: A diffusers pipeline; without one there is no workload and no device to follow.
         call: The arguments that the pipeline will be called with; its defaults fill the rest.
-        small: The small model of the family, for the key of policies that hand over to it.
+        small: The small model of the family, or its pipeline, for the key of policies that hand
+            over to it.
     """
     if pipe is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -110,9 +111,10 @@ def _nvml(device: torch.device) -> dict[str, Any]:
 # --- workload --------------------------------------------------------------------------------
 
 
-def workload(pipe: Any, request: Request, small: nn.Module | None = None) -> Workload:
+def workload(pipe: Any, request: Request, small: Any = None) -> Workload:
     """Return the key of a request to a pipeline, with a small model if a hand-off is possible."""
     model = denoisers(pipe)[0]
+    small = getattr(small, "transformer", small)
     shift = pipe.scheduler.config.get("shift", pipe.scheduler.config.get("flow_shift"))
     quantisation = getattr(model, "quantization_method", None)
     parameter = next(model.parameters())

@@ -35,7 +35,17 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
         *("snr_shift_scale", "rescale_betas_zero_snr"),
     ),
 }
-_FLOW = "flow_prediction"
+# What is converted at every forward where both models predict velocities and come with schedules.
+_CONVERTIBLE = frozenset(
+    {
+        "transformer.use_rotary_positional_embeddings",
+        "vae.scaling_factor",
+        *(f"scheduler.{name}" for name in ("beta_start", "beta_end", "beta_schedule")),
+        *("scheduler.snr_shift_scale", "scheduler.rescale_betas_zero_snr"),
+    }
+)
+_CONVERTED_CLASS = "CogVideoXTransformer3DModel"
+_FLOW, _VELOCITY = "flow_prediction", "v_prediction"
 _SHOWN = 60  # characters of a value in a message
 
 
@@ -59,6 +69,31 @@ def differences(large: Mapping[str, Config], small: Mapping[str, Config]) -> lis
         large: Configurations by part: "transformer", and "vae" and "scheduler" where known.
         small: Likewise; parts that only one of them has are not compared.
     """
+    found = _differences(large, small)
+    converts = _converts(large, small)
+    return [each for each in found if not (converts and each.field in _CONVERTIBLE)]
+
+
+def converted(large: Mapping[str, Config], small: Mapping[str, Config]) -> list[Difference]:
+    """Return in what two models differ that pair nevertheless: every forward is converted."""
+    if not _converts(large, small):
+        return []
+    return [each for each in _differences(large, small) if each.field in _CONVERTIBLE]
+
+
+def _converts(large: Mapping[str, Config], small: Mapping[str, Config]) -> bool:
+    """Whether forwards can be converted: velocities of one kind of model, and all is known."""
+    if not set(_FIELDS) <= set(large) & set(small):
+        return False
+    return all(
+        each["transformer"].get("_class_name") == _CONVERTED_CLASS
+        and each["scheduler"].get("prediction_type") == _VELOCITY
+        and each["transformer"].get("out_channels") in (None, each["transformer"]["in_channels"])
+        for each in (large, small)
+    )
+
+
+def _differences(large: Mapping[str, Config], small: Mapping[str, Config]) -> list[Difference]:
     found = []
     for part, names in _FIELDS.items():
         if part not in large or part not in small:
@@ -84,8 +119,13 @@ def require_pair(
     found = differences(large, small)
     if not found:
         return
-    swapped = all(d.field.startswith("transformer size") for d in found)
-    advice = "are they swapped?" if swapped else "give the small model of the same family"
+    advice = "give the small model of the same family"
+    if all(each.field.startswith("transformer size") for each in found):
+        advice = "are they swapped?"
+    elif all(each.field in _CONVERTIBLE for each in found):
+        advice = (
+            "give its whole pipeline: only that knows its schedule and the scale of its latents"
+        )
     listed = "; ".join(map(str, found))
     raise UsageFault(f"{names[1]} cannot take over from {names[0]}: {listed} ({advice})")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ditune.accel.anatomy import denoisers
 from ditune.accel.internals import ForwardHook, Output, attach, detach, latents_of
 from ditune.accel.payload import byte_count
+from ditune.accel.sibling import Sibling
 from ditune.accel.spans import BlockStack
 
 TAP_NAME = "ditune_tap"
@@ -37,7 +38,7 @@ class Observation:
 
 class _Tap(ForwardHook):
     def __init__(
-        self, stack: BlockStack, small: nn.Module | None, watch: Callable[[Observation], None]
+        self, stack: BlockStack, small: Sibling | None, watch: Callable[[Observation], None]
     ) -> None:
         super().__init__()
         self._stack = stack
@@ -66,19 +67,22 @@ class _Tap(ForwardHook):
 
 
 @contextmanager
-def tapped(
-    pipe: Any, watch: Callable[[Observation], None], small: nn.Module | None = None
-) -> Iterator[None]:
+def tapped(pipe: Any, watch: Callable[[Observation], None], small: Any = None) -> Iterator[None]:
     """Call `watch` after every forward of the pipeline's denoisers; outputs stay bit-identical.
 
     Args:
         pipe: A pipeline without ditune on.
         watch: Receives every forward in order.
-        small: If given, it is run on the same inputs and its output handed over as `sibling`.
+        small: If given, it is run on the same inputs and its output handed over as `sibling`: a
+            transformer, or its pipeline.
+
+    Raises:
+        UsageFault: The small model cannot take over.
     """
     models = denoisers(pipe)
+    sibling = Sibling.of(pipe, small) if small is not None else None
     for model in models:
-        attach(model, _Tap(BlockStack(model), small, watch), TAP_NAME)
+        attach(model, _Tap(BlockStack(model), sibling, watch), TAP_NAME)
     try:
         yield
     finally:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from ditune.accel import fingerprint
 from ditune.accel.anatomy import denoisers
@@ -41,7 +40,7 @@ def profile(
     prompts: Sequence[str],
     *,
     call: Mapping[str, Any] | None = None,
-    small: nn.Module | None = None,
+    small: Any = None,
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Profile:
@@ -54,7 +53,7 @@ def record(
     prompts: Sequence[str],
     *,
     call: Mapping[str, Any] | None = None,
-    small: nn.Module | None = None,
+    small: Any = None,
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Recorded:
@@ -67,7 +66,7 @@ def record(
         pipe: A diffusers pipeline without ditune on.
         prompts: One or more prompts; redundancy is averaged over them.
         call: The arguments of the pipeline besides the prompt.
-        small: The small model of the family: adds the hand-off disagreement.
+        small: The small model of the family, or its pipeline: adds the hand-off disagreement.
         seed: Of the first prompt's noise; each further prompt takes the next.
         progress: Called with a few words before each call of the pipeline.
 

@@ -17,6 +17,7 @@ PIPELINE_GROUP = "ditune.pipelines"
 PROMPT_CHARACTERS_MAX = 10_000
 PROMPTS_MIN = 8
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_CONDITIONING = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor")
 _DEFAULT_QUALITY = "psnr>=30,psnr_worst>=22,ssim>=0.9"
 
 
@@ -33,7 +34,7 @@ class Source(Protocol):
 
     @property
     def small(self) -> Any | None:
-        """The small transformer of the family, if there is one."""
+        """The small transformer of the family or its pipeline, if there is one."""
 
     @property
     def call(self) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def load_folder(
     if small_model is not None:
         _require_pair(model, small_model)
     pipe = _load(model, revision)
-    small = _load(small_model, None).transformer if small_model else None
+    small = _load(small_model, None, _shared(pipe)) if small_model else None
     return FolderSource(
         name=str(model),
         pipe=pipe,
@@ -147,12 +148,18 @@ def _require_pair(model: str, small_model: str) -> None:
         require_pair(configs_in(large), configs_in(small), (model, small_model))
 
 
-def _load(model: str, revision: str | None) -> Any:
+def _shared(pipe: Any) -> dict[str, Any]:
+    """Return the parts of a pipeline that its small sibling need not load again."""
+    return {n: part for n, part in pipe.components.items() if n.startswith(_CONDITIONING)}
+
+
+def _load(model: str, revision: str | None, parts: Mapping[str, Any] | None = None) -> Any:
+    """Load a pipeline; `parts` are taken as they are."""
     from diffusers import DiffusionPipeline
 
     try:
         return DiffusionPipeline.from_pretrained(
-            model, revision=revision, use_safetensors=True, trust_remote_code=False
+            model, revision=revision, use_safetensors=True, trust_remote_code=False, **(parts or {})
         )
     except (OSError, ValueError, AttributeError, ImportError) as fault:
         first = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__

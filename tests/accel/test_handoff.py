@@ -243,3 +243,36 @@ def test_a_scheduler_without_noise_levels_keeps_the_large_model(
     with accelerate(pipe, Policy(handoff=Handoff(sigma=0.5)), small=small) as applied:
         assert torch.equal(plain, generate(pipe))
         assert "tells none" in applied.summary().reason
+
+
+@pytest.mark.parametrize(
+    "handoff", [Handoff(sigma=2.0), BandedHandoff(bands=((2.0, 0.9), (0.5, 0.0)))]
+)
+def test_a_call_without_a_sketch_is_the_plain_one(
+    pipe: WanPipeline, small: nn.Module, generate: Generate, handoff: HandoffPolicy
+) -> None:
+    plain = generate(pipe)
+    with accelerate(pipe, Policy(handoff=handoff), small=small) as applied:
+        assert torch.equal(plain, generate(pipe))
+        assert "no step of its sketch" in applied.summary().reason
+
+
+@pytest.mark.parametrize(
+    "handoff", [Handoff(sigma=0.5), AdaptiveHandoff(), BandedHandoff(bands=((0.5, 0.0),))]
+)
+def test_too_few_steps_to_hand_over_are_the_large_models_and_said_so(
+    pipe: WanPipeline, small: nn.Module, generate: Generate, handoff: HandoffPolicy
+) -> None:
+    plain = generate(pipe, steps=1)
+    with accelerate(pipe, Policy(handoff=handoff), small=small) as applied:
+        assert torch.equal(plain, generate(pipe, steps=1))
+        assert "the small model ran none of 1 steps" in applied.summary().trips[0]
+
+
+def test_without_guidance_a_given_hand_off_still_works(
+    pipe: WanPipeline, small: nn.Module, generate: Generate
+) -> None:
+    plain = generate(pipe, guidance_scale=1.0)
+    with accelerate(pipe, Policy(handoff=Handoff(sigma=0.5)), small=small) as applied:
+        assert not torch.equal(plain, generate(pipe, guidance_scale=1.0))
+        assert 0 < applied.summary().small_forwards < STEPS

@@ -33,7 +33,7 @@ def doctor(pair: Pair = None, json_output: sources.Json = False) -> None:
     """Show the fingerprint of this machine and list findings (exit 5 if there are any)."""
     from ditune.accel import fingerprint
 
-    findings = _misfits(*pair) if pair is not None else []  # bad folders first
+    findings, paired = _paired(*pair) if pair is not None else ([], None)  # bad folders first
     hardware, software, _ = fingerprint.detect()
     findings += _findings()
     if json_output:
@@ -44,6 +44,8 @@ def doctor(pair: Pair = None, json_output: sources.Json = False) -> None:
             "db": str(default_database()),
             "findings": findings,
         }
+        if paired is not None:
+            seen["pair"] = paired
         sources.print_json(seen)
     else:
         console = Console(highlight=False, soft_wrap=True)
@@ -51,18 +53,49 @@ def doctor(pair: Pair = None, json_output: sources.Json = False) -> None:
             if value is not None:
                 console.print(f"{name:<16} {escape(str(value))}")
         console.print(f"{'database':<16} {escape(str(default_database()))}")
+        if paired is not None:
+            _show_pair(console, paired)
         for finding in findings:
             console.print(f"[yellow]finding[/] {escape(finding)}")
     if findings:
         raise typer.Exit(5)
 
 
-def _misfits(large: Path, small: Path) -> list[str]:
-    """Return what two pipelines differ in, one sentence each."""
-    from ditune.accel.pairs import configs_in, differences
+def _paired(large: Path, small: Path) -> tuple[list[str], dict[str, Any]]:
+    """Return what keeps two pipelines from pairing, one sentence each, and what is known of them.
 
-    found = differences(configs_in(large), configs_in(small))
-    return [f"{small} cannot take over from {large}: {difference}" for difference in found]
+    Nothing but configurations is read; the size of weights is that of their files.
+    """
+    from ditune.accel.pairs import configs_in, converted, differences
+    from ditune.accel.residence import OFFLOADS, peak_weight_bytes
+
+    configs = configs_in(large), configs_in(small)
+    found = differences(*configs)
+    sizes = [
+        sum(f.stat().st_size for f in (folder / "transformer").glob("*.safetensors"))
+        for folder in (large, small)
+    ]
+    peaks = {mode: peak_weight_bytes(sizes[0], sizes[1], mode) for mode in OFFLOADS}
+    known = {
+        "fits": not found,
+        "converted": [str(each) for each in converted(*configs)],
+        "weight_bytes": {m: {"before": p[0], "after": p[1]} for m, p in peaks.items()}
+        if all(sizes)
+        else None,
+    }
+    return [f"{small} cannot take over from {large}: {each}" for each in found], known
+
+
+def _show_pair(console: Console, paired: dict[str, Any]) -> None:
+    console.print(f"{'pair':<16} {'fits' if paired['fits'] else 'does not fit'}")
+    for difference in paired["converted"]:
+        console.print(f"{'':<16} converted at every forward: {escape(difference)}")
+    for offload, weights in (paired["weight_bytes"] or {}).items():
+        before, after = (size / 2**30 for size in weights.values())
+        console.print(
+            f'{"":<16} offload="{offload}": weights {before:.2f} GiB, {after:.2f} GiB from the '
+            "switch on"
+        )
 
 
 def _findings() -> list[str]:

@@ -1,0 +1,79 @@
+"""The small model of a family, ready to be asked in the large one's place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditune.accel.conversion import Conversion, NoiseSchedule
+from ditune.accel.internals import Output, latents_of
+from ditune.accel.pairs import configs_of, converted, require_pair
+from ditune.db.errors import UsageFault
+
+
+class Sibling:
+    """Takes what the large model was called with and answers in its terms."""
+
+    def __init__(self, model: nn.Module, conversion: Conversion | None = None) -> None:
+        """Stand in as the model is, or by conversion of every forward."""
+        self.model = model
+        self._conversion = conversion
+        config = getattr(model, "config", {})
+        self._rotates = bool(config.get("use_rotary_positional_embeddings", True))
+
+    @classmethod
+    def of(cls, pipe: Any, small: Any) -> Sibling:
+        """Prepare the small model of a pipeline.
+
+        Args:
+            pipe: The large model's pipeline.
+            small: A transformer, or its pipeline: where schedules or latent scales of a family
+                differ, only that knows them.
+
+        Raises:
+            UsageFault: It cannot take over; every field in which the two differ is named.
+        """
+        model = getattr(small, "transformer", small)
+        if not isinstance(model, nn.Module):
+            raise UsageFault(
+                f"a small model is a transformer or a pipeline with one, not a "
+                f"{type(small).__name__}: give small=pipe.transformer or small=pipe"
+            )
+        large_configs, small_configs = configs_of(pipe), configs_of(small)
+        names = (type(pipe).__name__, type(small).__name__)
+        require_pair(large_configs, small_configs, names)
+        if not converted(large_configs, small_configs):
+            return cls(model)
+        return cls(model, Conversion(_schedule(pipe), _schedule(small)))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the large model might have returned."""
+        if self._conversion is None:
+            return self.model(*args, **kwargs)
+        latents, timestep = latents_of(args, kwargs), kwargs["timestep"]
+        asked, at = self._conversion.asked(latents, timestep)
+        given = {**kwargs, "hidden_states": asked, "timestep": at}
+        if not self._rotates:
+            given["image_rotary_emb"] = None
+        output = Output.of(self.model(**given))
+        return output.rebuild(self._conversion.answered(latents, timestep, output.sample))
+
+    def require_on(self, device: torch.device) -> None:
+        """Refuse a call on a device that the weights are not on, before its first step.
+
+        Raises:
+            UsageFault: They are elsewhere.
+        """
+        found = next(self.model.parameters()).device
+        if found != device:
+            raise UsageFault(
+                f"the small model is on {found} and the pipeline runs on {device}: move it there, "
+                'or let it come when it is needed with accelerate(..., offload="lazy")'
+            )
+
+
+def _schedule(pipe: Any) -> NoiseSchedule:
+    signal: Tensor = pipe.scheduler.alphas_cumprod
+    return NoiseSchedule(signal.double().tolist(), float(pipe.vae.config.scaling_factor))

@@ -1,0 +1,169 @@
+"""Where two models' weights are during a hand-off, counted tensor by tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from tests.conftest import STEPS, Generate, wan_transformer
+from torch import Tensor, nn
+
+from ditune.accel.apply import Applied, accelerate
+from ditune.accel.residence import Offload, Residence, Weights, peak_weight_bytes, weight_bytes
+from ditune.db.errors import UsageFault
+from ditune.db.policy import Handoff, Policy
+
+CPU = torch.device("cpu")
+
+
+def handoff(pipe: WanPipeline, until: int | None = None) -> Policy:
+    """Return a policy that hands over after half of the steps, and back at `until`."""
+    pipe.scheduler.set_timesteps(STEPS)
+    sigmas = pipe.scheduler.sigmas.tolist()
+    back = None if until is None else (sigmas[until - 1] + sigmas[until]) / 2
+    middle = STEPS // 2
+    return Policy(handoff=Handoff(sigma=(sigmas[middle - 1] + sigmas[middle]) / 2, until=back))
+
+
+def on_host(applied: Applied, host: set[int]) -> None:
+    """Remember which tensors are the host's; all others are copies on the 'device'."""
+    residence = applied._residence
+    assert residence is not None
+    for weights in (residence._small, residence._large):
+        if weights is not None:
+            host |= {tensor.data_ptr() for tensor in weights._host}
+
+
+def counted(*models: nn.Module, host: set[int]) -> int:
+    """Return the bytes that the tensors of some models take outside the host's copies."""
+    tensors = [each for model in models for each in (*model.parameters(), *model.buffers())]
+    found = {each.data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    return sum(size for place, size in found.items() if place not in host)
+
+
+@pytest.fixture
+def movable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let weights be moved though host and device are the same: copies count as the device."""
+
+    def moved(self: Applied, large: nn.Module, device: torch.device) -> Residence:
+        assert self._small is not None
+        return Residence(large, self._small.model, self._offload, device)
+
+    monkeypatch.setattr(Applied, "_moved", moved)
+
+
+@pytest.mark.usefixtures("movable")
+@pytest.mark.parametrize("offload", ["lazy", "swap"])
+def test_weights_are_where_they_are_needed_and_nowhere_else(
+    pipe: WanPipeline, generate: Generate, offload: Offload
+) -> None:
+    small = wan_transformer(layers=2, seed=7)
+    policy = handoff(pipe, until=STEPS - 1)
+    with accelerate(pipe, policy, small=small) as applied:
+        wanted = generate(pipe)
+        both = applied.summary().peak_weight_bytes
+    large_bytes, small_bytes = weight_bytes(pipe.transformer), weight_bytes(small)
+    assert both == large_bytes + small_bytes
+
+    seen: list[tuple[str, int]] = []
+    host: set[int] = set()
+    with accelerate(pipe, policy, small=small, offload=offload) as applied:
+
+        def note(name: str) -> Any:
+            def hook(*_: Any) -> None:
+                on_host(applied, host)
+                seen.append((name, counted(pipe.transformer, small, host=host)))
+
+            return hook
+
+        hooks = [
+            pipe.transformer.blocks[0].register_forward_pre_hook(note("large")),
+            small.blocks[0].register_forward_pre_hook(note("small")),
+        ]
+        for _ in range(2):  # the second call starts as the first one did
+            seen.clear()
+            assert torch.equal(wanted, generate(pipe))
+            before, after = peak_weight_bytes(large_bytes, small_bytes, offload)
+            found = [size for _, size in seen]
+            assert found[0] == before == large_bytes
+            first = [name for name, _ in seen].index("small")
+            assert found[first] == after
+            assert max(found) == applied.summary().peak_weight_bytes == max(before, after)
+        on_host(applied, host)
+        assert counted(pipe.transformer, small, host=host) == large_bytes
+    for each in hooks:
+        each.remove()
+    assert torch.equal(wanted, _handed(pipe, policy, small, generate))
+
+
+def _handed(pipe: WanPipeline, policy: Policy, small: nn.Module, generate: Generate) -> Tensor:
+    with accelerate(pipe, policy, small=small):
+        return generate(pipe)
+
+
+@pytest.mark.usefixtures("movable")
+def test_an_interrupted_call_brings_the_large_model_back(
+    pipe: WanPipeline, generate: Generate
+) -> None:
+    small = wan_transformer(layers=2, seed=7)
+    policy = handoff(pipe)
+    wanted = _handed(pipe, policy, small, generate)
+
+    def fail(pipe: Any, step: int, timestep: Any, kwargs: Any) -> Any:
+        if step == STEPS - 2:
+            raise KeyboardInterrupt
+        return kwargs
+
+    with accelerate(pipe, policy, small=small, offload="swap") as applied:
+        with pytest.raises(KeyboardInterrupt):
+            generate(pipe, callback_on_step_end=fail)
+        assert torch.equal(wanted, generate(pipe))
+        assert applied.summary().peak_weight_bytes == weight_bytes(pipe.transformer)
+
+
+def test_weights_go_and_come_back_unchanged() -> None:
+    model = wan_transformer(layers=2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = Weights(model, CPU)
+    places = [p.data_ptr() for p in model.parameters()]
+    for _ in range(2):
+        weights.release()
+        assert weights.device_bytes == 0
+        assert not set(places) & {p.data_ptr() for p in model.parameters()}
+        weights.bring()
+        assert weights.device_bytes == weight_bytes(model)
+    assert all(torch.equal(before[n], tensor) for n, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("offload", "peak"), [("none", (5, 5)), ("lazy", (4, 5)), ("swap", (4, 1))]
+)
+def test_the_peak_is_known_before(offload: Offload, peak: tuple[int, int]) -> None:
+    assert peak_weight_bytes(4, 1, offload) == peak
+
+
+def test_what_cannot_be_moved_is_refused(
+    pipe: WanPipeline, generate: Generate, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = wan_transformer(layers=2)
+    with pytest.raises(UsageFault, match="none, lazy, swap"):
+        accelerate(pipe, Policy(), small=small, offload="later")  # type: ignore[arg-type]
+    pipe.transformer._hf_hook = object()
+    with pytest.raises(UsageFault, match='use offload="lazy"'):
+        accelerate(pipe, Policy(), small=small, offload="swap")
+    del pipe.transformer._hf_hook
+    with accelerate(pipe, handoff(pipe), small=small, offload="swap"):
+        generate(pipe)
+    assert "moves nothing" in caplog.text
+
+
+def test_a_small_model_elsewhere_is_noticed_before_the_first_step(
+    pipe: WanPipeline, generate: Generate
+) -> None:
+    with (
+        accelerate(pipe, handoff(pipe), small=wan_transformer(layers=2).to("meta")),
+        pytest.raises(UsageFault, match="the small model is on meta"),
+    ):
+        generate(pipe)
