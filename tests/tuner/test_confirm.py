@@ -49,7 +49,7 @@ class Scripted:
         self.tuned_runs += 1
         self.plain_runs += paired or case not in self.known
         self.known.add(case)
-        summary = Summary(policy.id, "", {}, 1, 1, 0, 2.0, 0, ())
+        summary = Summary(policy.id, "", {}, 1, 1, 0, 2.0, 0, 0, ())
         values = {"psnr": psnrs[case.seed]}
         return Outcome(case, values, tuned_ms + case.seed % 3, 100.0 if paired else None, summary)
 

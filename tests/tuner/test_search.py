@@ -111,7 +111,7 @@ class ScriptedEvaluator:
         if isinstance(policy.cache, MaskCache):
             reused = 1.0 - policy.cache.actions.count("full") / STEPS
         ratio = 1.0 / (1.0 - reused)
-        summary = Summary(policy.id, "", {}, 40, 40, 0, ratio, 0, ())
+        summary = Summary(policy.id, "", {}, 40, 40, 0, ratio, 0, 0, ())
         psnr = 60.0 - 45.0 * reused - case.seed % 3
         return Outcome(case, {"psnr": psnr}, 100.0 / ratio, 100.0 if paired else None, summary)
 
@@ -185,7 +185,7 @@ def test_no_time_left_means_no_trial(tmp_path: Path) -> None:
 
 
 def outcome(psnr: float, ratio: float = 2.0, pair: tuple[float, float] | None = None) -> Outcome:
-    summary = Summary(None, "", {}, 1, 1, 0, ratio, 0, ())
+    summary = Summary(None, "", {}, 1, 1, 0, ratio, 0, 0, ())
     baseline, tuned = pair or (None, 50.0)
     return Outcome(Case("a", 0), {"psnr": psnr}, tuned, baseline, summary)
 
