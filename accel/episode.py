@@ -17,8 +17,6 @@ from ditune.accel.sibling import Sibling
 from ditune.accel.spans import BlockStack
 from ditune.accel.trigger import trigger_for
 from ditune.db.policy import (
-    AdaptiveHandoff,
-    BandedHandoff,
     CachePolicy,
     Granularity,
     Handoff,
@@ -168,14 +166,9 @@ def _misfit(policy: Policy, where: Where, small: Sibling | None) -> str:
     if where.sigma is None:
         return "the policy hands over at a noise level and the scheduler tells none"
     handoff = policy.handoff
-    if not isinstance(handoff, AdaptiveHandoff) and handoff.takes(where.sigma):
+    if isinstance(handoff, Handoff) and handoff.takes(where.sigma):
         return (
-            f"the policy hands over from sigma {_upper(handoff):.4g} on and this call starts at "
+            f"the policy hands over from sigma {handoff.sigma:.4g} on and this call starts at "
             f"{where.sigma:.4g}: the large model would run no step of its sketch"
         )
     return ""
-
-
-def _upper(handoff: Handoff | BandedHandoff) -> float:
-    """Return the noise level below which the small model first runs."""
-    return handoff.sigma if isinstance(handoff, Handoff) else handoff.bands[0][0]

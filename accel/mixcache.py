@@ -89,6 +89,10 @@ class MixCache:
         if "block" in actions:
             self._spans["span"] = (cache.fn_blocks, cache.bn_blocks)
         self._keeps_delta = "cfg" in actions
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything, as at the start of a call."""
         self._branches: dict[str, _Branch] = {}
         self._delta = self._new_history()
         self._fresh_cond: Tensor | None = None

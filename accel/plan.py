@@ -48,11 +48,14 @@ class StepPlan:
         """Return the step's action, deciding it when the step is new.
 
         Where the front blocks are the indicator, the step's first forward gets a question instead.
-        A model that comes in after others has nothing to reuse: its first step is full.
+        A model that comes in after others has nothing to reuse: its first step is full. The one
+        that goes forgets what it holds: should it come back, that would be too old.
         """
         if place.step == self._step:
             self._used = cache
             return self._action
+        if self._used is not None and cache is not self._used:
+            self._used.clear()
         if isinstance(self._cache, RuleCache) and self._cache.indicator == "first_block":
             return lambda front: self._decided(place, front, cache)
         measure = None if self._off else self._measure

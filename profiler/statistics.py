@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -55,6 +56,28 @@ def mean_lower_bound(values: Sequence[float], confidence: float = CONFIDENCE) ->
         return float(sample.mean())
     error = sample.std(ddof=1) / np.sqrt(len(sample))
     return float(sample.mean() - stats.t.ppf(confidence, len(sample) - 1) * error)
+
+
+def counts_lower_bound(differences: Sequence[float], confidence: float = CONFIDENCE) -> float:
+    """Return the one-sided lower bound of the mean of paired differences of rights and wrongs.
+
+    Where nothing differs, a spread of zero would claim certainty. As Agresti and Min (2005) do for
+    paired proportions, half a video more is taken to have got better, and half a one worse.
+
+    Args:
+        differences: One per pair, in [-1, 1].
+        confidence: Of the bound.
+    """
+    sample = np.asarray(differences, dtype=float)
+    n = len(sample) + 2
+    mean = sample.sum() / n
+    variance = (np.square(sample).sum() + 1.0) / n - mean**2
+    return float(mean - stats.norm.ppf(confidence) * np.sqrt(variance / n))
+
+
+def counts_needed(floor: float) -> int:
+    """Return how many pairs without any difference prove a floor below zero."""
+    return max(1, math.ceil(float(stats.norm.ppf(CONFIDENCE)) / -floor) - 2)
 
 
 def worst_lower_bound(values: Sequence[float], unseen: int) -> float:

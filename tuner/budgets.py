@@ -1,52 +1,50 @@
-"""How many steps to compute: bisection with the profile's own masks, before the sampler takes over.
+"""Bisection over one number that decides most of both speed and quality.
 
-A video costs seconds to minutes, and the number of computed steps decides most of both speed and
-quality. A handful of trials finds where the floors begin to break; the sampler starts there.
+A video costs seconds to minutes. How many steps are computed, or after how many the small model
+takes over, decides the most: a handful of trials finds where the floors begin to break.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-from ditune.db.policy import MaskCache
-from ditune.db.records import Trial
 
 
 @dataclass(frozen=True)
 class Bracket:
-    """The fewest computed steps that held so far, and the most below them that did not."""
+    """The least level that held so far, and the greatest below it that did not."""
 
     held: int
     missed: int
 
+    @property
+    def closed(self) -> bool:
+        """Whether no level is left between them."""
+        return self.held - self.missed <= 1
 
-def bracket(trials: Sequence[Trial], fewest: int, steps: int) -> Bracket:
-    """Return what is known: computing all steps holds, computing fewer than `fewest` cannot be.
+
+def bracket(tried: Iterable[tuple[int, bool]], fewest: int, most: int) -> Bracket:
+    """Return what is known of the levels from `fewest` to `most`, of which the last one holds.
 
     Args:
-        trials: Those of the study so far; only the ones marked "prior" count.
-        fewest: The least that a mask can compute.
-        steps: Of the workload.
+        tried: Levels and whether they held; a level that held once has not missed.
+        fewest: The least level that there is.
+        most: The greatest.
     """
-    held, missed = {steps}, {fewest - 1}
-    for trial in trials:
-        cache = trial.policy.cache
-        if trial.source == "prior" and isinstance(cache, MaskCache):
-            (held if trial.feasible else missed).add(cache.actions.count("full"))
+    held, missed = {most}, {fewest - 1}
+    for level, holds in tried:
+        (held if holds else missed).add(level)
     least = min(held)
-    return Bracket(least, max((count for count in missed if count < least), default=least - 1))
+    return Bracket(least, max((level for level in missed if level < least), default=least - 1))
 
 
-def next_budget(trials: Sequence[Trial], fewest: int, steps: int) -> int | None:
-    """Return how many steps the next mask should compute, None when the bracket is closed.
+def next_level(known: Bracket) -> int | None:
+    """Return what to try next, None when the bracket is closed.
 
-    Quality is taken to fall with every computed step that is left out; see `bracket` for the
-    arguments.
+    Quality is taken to fall with every level that is given up.
     """
-    known = bracket(trials, fewest, steps)
-    if known.held - known.missed <= 1:
+    if known.closed:
         return None
     middle = round(math.sqrt(known.held * max(known.missed, 1)))
     return min(max(middle, known.missed + 1), known.held - 1)

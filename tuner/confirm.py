@@ -14,9 +14,9 @@ from pathlib import Path
 
 from ditune.db.policy import Policy
 from ditune.db.records import Constraint, Evidence, Quality, Trial
-from ditune.profiler.statistics import mean_lower_bound, paired_speedup, worst_lower_bound
+from ditune.profiler.statistics import paired_speedup, worst_lower_bound
 from ditune.tuner.evaluate import Case, Evaluator, Outcome
-from ditune.tuner.quality import bound_by, summarise
+from ditune.tuner.quality import bound_by, lower_bound, summarise
 from ditune.tuner.search import now
 
 UNSEEN = 20  # the worst of so many further prompts should hold its floor too
@@ -102,7 +102,7 @@ def missed(
                 return f"{constraint.name} {min(scores):.4g} < {constraint.floor:g}"
             bound = worst_lower_bound(scores, UNSEEN)
         else:
-            bound, mean = mean_lower_bound(scores), sum(scores) / len(scores)
+            bound, mean = lower_bound(constraint, scores), sum(scores) / len(scores)
             if len(scores) >= _FIRST_LOOK and 2.0 * mean - bound < constraint.floor:
                 return f"{constraint.name} {mean:.4g} < {constraint.floor:g}"
         if final and bound < constraint.floor:

@@ -17,19 +17,28 @@ import numpy as np
 
 from ditune.db.errors import UsageFault
 from ditune.db.records import Constraint, Quality
+from ditune.profiler.statistics import (
+    CONFIDENCE,
+    counts_lower_bound,
+    counts_needed,
+    mean_lower_bound,
+)
+from ditune.tuner.clip_score import ClipScore
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 METRIC_GROUP = "ditune.metrics"
 PSNR_CAP_DB = 100.0  # identical videos have an infinite PSNR, which no file format can hold
-_FLOOR = re.compile(r"^\s*([a-z][a-z0-9]*)(_worst)?\s*>=\s*(-?\d+(?:\.\d+)?(?:e-?\d+)?)\s*$")
+_FLOOR = re.compile(r"^\s*([a-z][a-z0-9_]*?)(_worst)?\s*>=\s*(-?\d+(?:\.\d+)?(?:e-?\d+)?)\s*$")
 
 
 class Metric(Protocol):
     """Scores one video; more is better.
 
-    Register a class under the entry-point group `ditune.metrics` to add one.
+    Register a class under the entry-point group `ditune.metrics` to add one; it is made once,
+    without arguments. Where scores only tell right (1) from wrong (0), give the class `counts =
+    True`: a handful of prompts without a difference then proves less than it seems to.
     """
 
     name: str
@@ -86,7 +95,7 @@ def _tensors(video: np.ndarray, reference: np.ndarray | None) -> tuple[Tensor, T
 @cache
 def metrics() -> Mapping[str, Metric]:
     """Return every metric by name: those built in and those that packages register."""
-    found: dict[str, Metric] = {"psnr": Psnr(), "ssim": Ssim()}
+    found: dict[str, Metric] = {"psnr": Psnr(), "ssim": Ssim(), "clip": ClipScore()}
     for entry in entry_points(group=METRIC_GROUP):
         found[entry.name] = entry.load()()
     return found
@@ -138,6 +147,29 @@ def values_of(
         else:
             values[name] = metric.score(video, None, prompt) - metric.score(plain, None, prompt)
     return values
+
+
+def counts(constraint: Constraint) -> bool:
+    """Whether a constraint's metric only tells right from wrong."""
+    return bool(getattr(metrics()[constraint.metric], "counts", False))
+
+
+def lower_bound(
+    constraint: Constraint, scores: Sequence[float], confidence: float = CONFIDENCE
+) -> float:
+    """Return the one-sided lower bound of a metric's mean over prompts."""
+    if counts(constraint):
+        return counts_lower_bound(scores, confidence)
+    return mean_lower_bound(scores, confidence)
+
+
+def cases_needed(constraints: Iterable[Constraint]) -> int:
+    """Return how many videos can prove the floors of metrics that count; 0 if there are none.
+
+    Four times what would do if none differed: with as many, a few may.
+    """
+    floors = [c.floor for c in constraints if counts(c) and c.floor < 0.0]
+    return 4 * max(map(counts_needed, floors), default=0)
 
 
 def summarise(

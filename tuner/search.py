@@ -20,15 +20,14 @@ from optuna.trial import TrialState
 
 from ditune.db.policy import Policy
 from ditune.db.records import Constraint, Trial
-from ditune.profiler.statistics import mean_lower_bound, paired_speedup
-from ditune.tuner.budgets import bracket, next_budget
+from ditune.profiler.statistics import paired_speedup
 from ditune.tuner.evaluate import Case, Evaluator, Outcome
-from ditune.tuner.quality import summarise
-from ditune.tuner.space import EARLY, Proposal, Space
+from ditune.tuner.ladders import Ladders
+from ditune.tuner.quality import counts, lower_bound, summarise
+from ditune.tuner.space import Proposal, Space
 
-SEARCH_PAIRS = 1  # interleaved pairs per trial; confirmation takes one per prompt
+_CASES_PER_PAIR = 8  # of a trial, at least one pair; confirmation takes one per prompt
 _STARTUP_TRIALS = 8
-_LADDER = ((0, 2), (1, 0), (1, 2), (2, 0), (2, 2), (3, 0))  # steps more than held, place in EARLY
 _MARGIN = 0.8  # confidence of the bound that a mean counts with
 _TYPICAL_WEIGHT = 3  # how many pairs the other trials of a study are worth to each
 
@@ -67,6 +66,7 @@ class Search:
         self.space = space
         self.evaluator = evaluator
         self.cases = list(cases)
+        self._ladders = Ladders(space)
         self._sampler = optuna.samplers.GPSampler(
             seed=seed, deterministic_objective=False, n_startup_trials=_STARTUP_TRIALS
         )
@@ -121,31 +121,12 @@ class Search:
         return trial
 
     def _propose(self, done: Sequence[Trial]) -> None:
-        """Queue the profile's next mask, unless something waits already or enough is known.
-
-        Where the bracket is closed, one step less may still hold with its steps placed otherwise.
-        A few more steps follow, also placed for prompts whose early errors grow more: the proof
-        may not bear out what held on a few prompts. MixCache's own rule comes last.
-        """
+        """Queue the next proposal, unless something waits already or enough is known."""
         if self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             return
-        fewest, steps = self.space.fewest, self.space.steps
-        budget = next_budget(done, fewest, steps)
-        if budget is not None:
-            self._enqueue(self.space.prior(budget))
-            return
-        held = bracket(done, fewest, steps).held
-        tried = {trial.policy.id for trial in done}
-        below = [self.space.prior(held - 1, early) for early in EARLY] if held > fewest else []
-        above = [
-            self.space.prior(held + more, EARLY[place])
-            for more, place in _LADDER
-            if held + more < steps
-        ]
-        for proposal in [*below, *above, self.space.default()]:
-            if self.space.policy(proposal.parameters).id not in tried:
-                self._enqueue(proposal)
-                return
+        proposal = self._ladders.next(done)
+        if proposal is not None:
+            self._enqueue(proposal)
 
     def _enqueue(self, proposal: Proposal) -> None:
         self.study.enqueue_trial(proposal.parameters, user_attrs={"source": proposal.source})
@@ -187,7 +168,7 @@ class Search:
             self.evaluator.run(
                 policy,
                 self.cases,
-                pairs=SEARCH_PAIRS,
+                pairs=max(1, len(self.cases) // _CASES_PER_PAIR),
                 stop=lambda seen: bool(hopeless(constraints, [each.values for each in seen])),
             )
         )
@@ -235,12 +216,16 @@ def violations(
 
     A mean counts with its one-sided 80 % bound: the search leans on every lucky sample that it
     finds, and a candidate that cannot be confirmed costs videos. Confirmation asks for 95 % of many
-    more prompts; with three, that would be a margin of many decibels.
+    more prompts; with three, that would be a margin of many decibels. Of metrics that count, the
+    mean itself counts: on a few dozen prompts every difference would fail its bound.
     """
     missed = {}
     for constraint in constraints:
         scores = [value[constraint.metric] for value in values]
-        seen = mean_lower_bound(scores, _MARGIN) if constraint.statistic == "mean" else min(scores)
+        seen = min(scores)
+        if constraint.statistic == "mean":
+            seen = float(np.mean(scores))
+            seen = seen if counts(constraint) else lower_bound(constraint, scores, _MARGIN)
         missed[constraint.name] = (constraint.floor - seen) / max(abs(constraint.floor), 1e-3)
     return missed
 
@@ -249,12 +234,17 @@ def hopeless(constraints: Sequence[Constraint], values: Sequence[Mapping[str, fl
     """Return why a trial cannot hold its floors whatever comes, empty if it still can.
 
     A worst prompt below its floor cannot be undone. A mean is given up after two prompts that both
-    miss it by a tenth.
+    miss it by a tenth, or, where the metric counts, once its upper bound misses it.
     """
     for constraint in constraints:
         scores = [value[constraint.metric] for value in values]
         if constraint.statistic == "worst" and min(scores) < constraint.floor:
             return f"{constraint.name}: a prompt gave {min(scores):.3g}, below {constraint.floor:g}"
+        if counts(constraint) and constraint.statistic == "mean":
+            most = -lower_bound(constraint, [-score for score in scores])
+            if most < constraint.floor:
+                return f"{constraint.name}: {len(scores)} prompts give at most {most:.3g}"
+            continue
         lost = constraint.floor - 0.1 * abs(constraint.floor)
         if constraint.statistic == "mean" and len(scores) >= 2 and max(scores) < lost:
             return f"{constraint.name}: {len(scores)} prompts stay below {lost:.3g}"

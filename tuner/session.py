@@ -21,7 +21,7 @@ from ditune.profiler.record import Recorded, record
 from ditune.tuner.confirm import Confirmation, confirm
 from ditune.tuner.evaluate import Case, Evaluator, cases_of
 from ditune.tuner.fewer_steps import FewestSteps, fewest_steps
-from ditune.tuner.quality import needs_reference, parse_constraints
+from ditune.tuner.quality import cases_needed, counts, needs_reference, parse_constraints
 from ditune.tuner.search import Budget, Search, candidates, now
 from ditune.tuner.source import FolderSource, Source, prompts_digest
 from ditune.tuner.space import Space
@@ -30,6 +30,7 @@ Stage = Literal["profile", "search", "confirm"]
 _SEARCH_SEED = 1_000  # noise seeds of the search and of confirmation never meet
 _CONFIRM_SEED = 500_000
 _WORST_SHOWN = 2
+_SEARCH_VIDEOS_OF_COUNTS = 32  # one that got worse is three points
 _FEWER_STEPS_PROMPTS = 4  # a comparison, not a promise: a third of the proof's prompts do
 
 
@@ -232,7 +233,7 @@ class Session:
         return confirm(
             self.evaluator,
             candidates(trials, options.confirm_candidates),
-            cases_of(self.source.held_out, options.confirm_prompts, _CONFIRM_SEED),
+            cases_of(self.source.held_out, self._proof_videos(), _CONFIRM_SEED),
             prompts_digest=self._prompts_digest,
             progress=lambda done, total: self.progress.update("confirm", done, total, "held out"),
         )
@@ -265,7 +266,20 @@ class Session:
         return fewest_steps(self.evaluator, cases_of(self.source.held_out, count, _CONFIRM_SEED))
 
     def _search_cases(self) -> list[Case]:
-        return cases_of(self.source.calibration, self.options.search_prompts, _SEARCH_SEED)
+        count = self.options.search_prompts
+        if any(map(counts, self.constraints)):
+            count = max(count, _SEARCH_VIDEOS_OF_COUNTS)
+        return cases_of(self.source.calibration, count, _SEARCH_SEED)
+
+    def _proof_videos(self) -> int:
+        """Return how many videos the proof takes: metrics that count need many."""
+        asked, needed = self.options.confirm_prompts, cases_needed(self.constraints)
+        if needed > asked:
+            self.notes.append(
+                f"the proof takes {needed} videos instead of {asked}: floors on shares of right "
+                "videos cannot be proved with fewer"
+            )
+        return max(asked, needed)
 
     def _frames(self, policy_file: PolicyFile | None) -> tuple[FramePair, ...]:
         """Return two held-out prompts before and after, none without a policy."""

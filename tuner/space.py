@@ -21,9 +21,18 @@ from optuna.distributions import (
 )
 
 from ditune.db.digest import digest_bytes
-from ditune.db.policy import Handoff, Indicator, MaskCache, Payload, Policy, RuleCache
+from ditune.db.policy import (
+    AdaptiveHandoff,
+    HandoffPolicy,
+    Indicator,
+    MaskCache,
+    Payload,
+    Policy,
+    RuleCache,
+)
 from ditune.db.records import Profile
 from ditune.profiler.trajectory import Trajectory
+from ditune.tuner.handoffs import edge, ranked, small_steps, switched
 from ditune.tuner.masks import arc_length, densities, mask, place
 from ditune.tuner.schedule import StepSchedules, arc_length_of
 
@@ -33,7 +42,8 @@ _BLOCK = re.compile(r"transformer\.\w+\.\d+$")  # how a profile names the blocks
 EARLY = (5.0, 2.0, 12.0)  # what masks try in turn: how much more an early error counts
 _INTERVALS = "intervals"  # no indicator: MixCache's own trigger
 _ARC_LENGTH, _STEP = "arc_length", "step"  # what forecasts run over
-_HANDOFF_LATEST = 1.0  # as a fraction of the steps: never
+_NONE, _STATIC, _RANKED, _ADAPTIVE = "none", "static", "ranked", "adaptive"  # hand-offs
+_TAIL_MOST = 5  # steps
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,10 @@ class Space:
         self.guidance = profile.workload.guidance
         self.depth = sum(bool(_BLOCK.match(layer.name)) for layer in profile.layers) or 1
         self._density = densities(profile.redundancy, self.steps)
-        self._sigmas = [step.sigma for step in profile.redundancy]
+        self.disagreement = profile.disagreement if handoff else None
+        known = [step.sigma for step in profile.redundancy if step.sigma is not None]
+        self.sigmas = known if len(known) == self.steps else []
+        self.hands_over = handoff and len(self.sigmas) > 1
         self._typical_change = _typical(profile)
         found = profile.impacts
         self._impacts = {
@@ -97,8 +110,17 @@ class Space:
         if self.guidance:
             self.distributions["cfg_share"] = FloatDistribution(0.0, 0.6)
             self.distributions["cfg_form"] = CategoricalDistribution(["delta", "fft_delta"])
-        if handoff:
-            self.distributions["handoff_frac"] = FloatDistribution(0.06, _HANDOFF_LATEST)
+        if self.hands_over:
+            kinds = [_NONE, _STATIC, _ADAPTIVE]
+            self.distributions |= {
+                "handoff": CategoricalDistribution(
+                    [*kinds, _RANKED] if self.disagreement is not None else kinds
+                ),
+                "handoff_frac": FloatDistribution(0.02, 0.98),
+                "tail_steps": IntDistribution(0, _TAIL_MOST),
+                "delta": FloatDistribution(0.002, 0.1, log=True),
+                "small_compute_frac": FloatDistribution(_COMPUTE_MIN, 1.0),
+            }
 
     @property
     def digest(self) -> str:
@@ -108,11 +130,8 @@ class Space:
 
     def policy(self, point: Parameters) -> Policy:
         """Return the policy that a point spells."""
-        cache = self._mask(point) if point["kind"] == "mask" else self._rule(point)
-        handoff = None
-        share = float(point.get("handoff_frac", _HANDOFF_LATEST))
-        if share < _HANDOFF_LATEST:
-            handoff = self._handoff(share)
+        handoff = self._handoff(point)
+        cache = self._mask(point, handoff) if point["kind"] == "mask" else self._rule(point)
         if isinstance(cache, MaskCache) and set(cache.actions) == {"full"}:
             return Policy(handoff=handoff)
         return Policy(cache=cache, handoff=handoff)
@@ -132,10 +151,15 @@ class Space:
         """Return the mask that the profile suggests for a number of computed steps."""
         return Proposal("prior", self._point(compute_frac=budget / self.steps, early=early))
 
+    def handed_over(self, **chosen: float | int | str) -> Proposal:
+        """Return a hand-off, static and without a cache unless other numbers are given."""
+        neutral: dict[str, float | int | str] = {"handoff": _STATIC, "compute_frac": 1.0}
+        return Proposal("prior", self._point(**{**neutral, **chosen}))
+
     @property
     def fewest(self) -> int:
         """The least number of steps that such a mask computes: its protected ends."""
-        ends = self._mask(self._point(compute_frac=0.0)).actions.count("full")
+        ends = self._mask(self._point(compute_frac=0.0), None).actions.count("full")
         return max(ends, math.ceil(_COMPUTE_MIN * self.steps))
 
     def _point(self, **chosen: float | int | str) -> dict[str, float | int | str]:
@@ -159,13 +183,23 @@ class Space:
             "indicator": _INTERVALS,
             "threshold": 0.2,
             "cfg_form": "delta",
-            "handoff_frac": _HANDOFF_LATEST,
+            "handoff": _NONE,
+            "handoff_frac": 0.2,
+            "tail_steps": 0,
+            "delta": 0.01,
+            "small_compute_frac": 1.0,
         }
         point = {**neutral, **chosen}
         return {name: point[name] for name in self.distributions}
 
-    def _mask(self, point: Parameters) -> MaskCache:
-        computed = self._computed(point)
+    def _mask(self, point: Parameters, handoff: HandoffPolicy | None) -> MaskCache:
+        computed = self._computed(point, float(point["compute_frac"]))
+        small = set(small_steps(handoff, self.sigmas))
+        if small:
+            cheap = self._computed(point, float(point["small_compute_frac"]))
+            own = [step for step in computed if step not in small]
+            fresh = [s for s in range(self.steps) if s == 0 or (s in small) != (s - 1 in small)]
+            computed = sorted({*own, *small.intersection(cheap), *fresh})
         cfg_share = float(point.get("cfg_share", 0.0))
         return MaskCache(
             actions=mask(self.steps, computed, cfg_share, float(point["block_share"])),
@@ -173,9 +207,9 @@ class Space:
             fn_blocks=int(point["fn_blocks"]),
         )
 
-    def _computed(self, point: Parameters) -> list[int]:
+    def _computed(self, point: Parameters, share: float) -> list[int]:
         """Return the steps to compute: by trajectories where there are any, else by density."""
-        budget = round(float(point["compute_frac"]) * self.steps)
+        budget = round(share * self.steps)
         if self._schedules is not None:
             return self._schedules.computed(max(budget, 2), float(point["early"]))
         power = float(point["density_power"])
@@ -213,15 +247,18 @@ class Space:
             arc_length=self._arc_length if forecasts else None,
         )
 
-    def _handoff(self, share: float) -> Handoff | None:
-        """Return the hand-off after a share of the steps, half way between two noise levels."""
-        step = max(1, round(share * self.steps))
-        if step >= self.steps or len(self._sigmas) != self.steps:
+    def _handoff(self, point: Parameters) -> HandoffPolicy | None:
+        kind = point.get("handoff", _NONE)
+        if kind == _NONE or not self.hands_over:
             return None
-        before, after = self._sigmas[step - 1], self._sigmas[step]
-        if before is None or after is None:
-            return None
-        return Handoff(sigma=(before + after) / 2.0)
+        large_steps = round(float(point["handoff_frac"]) * self.steps)
+        if kind == _RANKED and self.disagreement is not None:
+            return ranked(self.sigmas, self.disagreement, large_steps)
+        tail_steps = int(point["tail_steps"])
+        if kind == _STATIC:
+            return switched(self.sigmas, large_steps, tail_steps)
+        back = edge(self.sigmas, self.steps - tail_steps) if tail_steps else None
+        return AdaptiveHandoff(delta=float(point["delta"]), until=back)
 
 
 def _typical(profile: Profile) -> float:

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from ditune.db.errors import UsageFault
 from ditune.profiler.statistics import (
+    counts_lower_bound,
+    counts_needed,
     mean_lower_bound,
     paired_speedup,
     quantiles,
@@ -64,3 +66,20 @@ def test_worst_bound_holds_for_unseen_values() -> None:
 
 def test_quantiles() -> None:
     assert quantiles([float(i) for i in range(11)]) == (2.0, 5.0, 8.0)
+
+
+def test_no_difference_in_a_few_pairs_proves_little() -> None:
+    assert counts_lower_bound([0.0] * 20) < -0.06
+    assert mean_lower_bound([0.0] * 20) == 0.0
+    for floor in (-0.1, -0.03, -0.01):
+        n = counts_needed(floor)
+        assert counts_lower_bound([0.0] * n) >= floor > counts_lower_bound([0.0] * (n - 1))
+
+
+@pytest.mark.parametrize("worse", [0.01, 0.03, 0.1])
+def test_the_bound_of_counts_holds_as_often_as_it_says(worse: float) -> None:
+    """As many pairs get better as get worse: the true mean is zero."""
+    source = np.random.default_rng(2)
+    draws = source.choice([-1.0, 0.0, 1.0], p=[worse, 1 - 2 * worse, worse], size=(2000, 200))
+    held = np.mean([counts_lower_bound(pairs) <= 0.0 for pairs in draws])
+    assert 0.94 <= held <= 0.995

@@ -260,7 +260,7 @@ def test_a_prior_computes_as_many_steps_as_it_is_asked_to() -> None:
 
 def test_handoff_lies_between_two_noise_levels() -> None:
     space = Space(profile(), handoff=True)
-    point = space.baseline().parameters | {"handoff_frac": 0.4}
+    point = space.baseline().parameters | {"handoff": "static", "handoff_frac": 0.4}
     handoff = space.policy(point).handoff
     assert isinstance(handoff, Handoff)
     assert pytest.approx((1.0 - 7 / STEPS + 1.0 - 8 / STEPS) / 2) == handoff.sigma

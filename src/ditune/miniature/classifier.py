@@ -92,7 +92,38 @@ class JudgeMetric:
 
     name = "judge"
     needs_reference = False
+    counts = True
 
     def score(self, video: np.ndarray, reference: np.ndarray | None, prompt: str) -> float:
         """Return the share of digit, colour and motion that is right, in [0, 1]."""
         return float(hits(trained_judge(), [video], [prompt]).mean())
+
+
+class _OneAttribute:
+    """The judge's word on one attribute: 1 if it is the caption's, else 0."""
+
+    needs_reference = False
+    counts = True
+    attribute: str
+
+    def score(self, video: np.ndarray, reference: np.ndarray | None, prompt: str) -> float:
+        """Return 1.0 if a clip shows the attribute that its caption names, else 0.0."""
+        return float(hits(trained_judge(), [video], [prompt])[0, ATTRIBUTES.index(self.attribute)])
+
+
+class DigitMetric(_OneAttribute):
+    """Whether the digit is right."""
+
+    name, attribute = "judge_digit", "digit"
+
+
+class ColourMetric(_OneAttribute):
+    """Whether the colour is right."""
+
+    name, attribute = "judge_colour", "colour"
+
+
+class MotionMetric(_OneAttribute):
+    """Whether the motion is right."""
+
+    name, attribute = "judge_motion", "motion"

@@ -1,0 +1,102 @@
+"""What is proposed before the sampler: three families, each bisected, then variants."""
+
+from __future__ import annotations
+
+import pytest
+from tests.tuner.test_search import STEPS, profile
+
+from ditune.db.policy import AdaptiveHandoff, BandedHandoff, Handoff, MaskCache, Policy, RuleCache
+from ditune.db.records import Profile, Trial
+from ditune.tuner.handoffs import small_steps
+from ditune.tuner.ladders import Ladders
+from ditune.tuner.space import Space
+
+CURVE = tuple(0.5 - 0.02 * step if step < 16 else 0.3 for step in range(STEPS))
+
+
+def world(policy: Policy) -> bool:
+    """Say whether a policy holds: six computed steps do, five of the large model, or three."""
+    sigmas = [1.0 - step / STEPS for step in range(STEPS)]
+    large = STEPS - len(small_steps(policy.handoff, sigmas))
+    if isinstance(policy.cache, MaskCache):
+        return policy.cache.actions.count("full") >= 6 and large >= 3
+    return large >= 5
+
+
+def trial(number: int, policy: Policy) -> Trial:
+    return Trial(
+        uuid=str(number),
+        study="study-1",
+        number=number,
+        source="prior",
+        policy=policy,
+        state="complete",
+        speedup=2.0,
+        work_ratio=2.0,
+        quality={},
+        violation={"judge": -0.1 if world(policy) else 0.1},
+        reason=None,
+        duration_s=1.0,
+        created_at="2026-01-01T00:00:00Z",
+    )
+
+
+def climbed(space: Space) -> list[Trial]:
+    ladders, done = Ladders(space), list[Trial]()
+    while (proposal := ladders.next(done)) is not None:
+        done.append(trial(len(done), space.policy(proposal.parameters)))
+        assert len(done) < 60
+    return done
+
+
+def with_curve(curve: tuple[float, ...] | None) -> Profile:
+    return profile().model_copy(update={"disagreement": curve})
+
+
+@pytest.mark.parametrize("curve", [CURVE, None])
+def test_each_family_ends_at_the_least_that_holds(curve: tuple[float, ...] | None) -> None:
+    space = Space(with_curve(curve), handoff=True)
+    done = climbed(space)
+    policies = [each.policy for each in done]
+    assert len({policy.id for policy in policies}) == len(policies)
+    held = [each.policy for each in done if each.feasible]
+    masks = [
+        p.cache.actions.count("full")
+        for p in held
+        if isinstance(p.cache, MaskCache) and not p.handoff
+    ]
+    assert min(masks) == 6
+    switches = {
+        cached: min(
+            STEPS - len(small_steps(p.handoff, space.sigmas))
+            for p in held
+            if isinstance(p.handoff, Handoff) and bool(p.cache) == cached
+        )
+        for cached in (False, True)
+    }
+    assert switches == {False: 5, True: 3}
+    kinds = {type(policy.handoff) for policy in policies}
+    assert kinds == {type(None), Handoff, AdaptiveHandoff} | ({BandedHandoff} if curve else set())
+    assert any(isinstance(policy.cache, RuleCache) for policy in policies)
+
+
+def test_the_curve_gives_the_first_switch_and_the_last_one() -> None:
+    space = Space(with_curve(CURVE), handoff=True)
+    large = [
+        STEPS - len(small_steps(each.policy.handoff, space.sigmas))
+        for each in climbed(space)
+        if isinstance(each.policy.handoff, Handoff) and each.policy.handoff.until is None
+    ]
+    assert large[0] == next(k for k, q in enumerate(CURVE) if q <= 0.2 + 0.25 * 0.3)
+    assert max(large) <= CURVE.index(min(CURVE))
+
+
+def test_without_a_small_model_there_are_only_caches() -> None:
+    done = climbed(Space(profile(), handoff=False))
+    assert all(each.policy.handoff is None for each in done)
+
+
+def test_where_no_hand_off_holds_none_is_dwelt_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.tuner.test_ladders.world", lambda policy: policy.handoff is None)
+    done = climbed(Space(with_curve(CURVE), handoff=True))
+    assert sum(each.policy.handoff is not None for each in done) <= 12

@@ -1,0 +1,75 @@
+"""Hand-offs from a profile: which steps the small model takes, written as noise levels.
+
+`q_k` is how far the small model's guided output lies from the large one's at step k, on latents of
+the large one. It says where a hand-off is worth trying, before any video is rendered.
+Source: TRACK's disagreement curve, its steps of smallest q_k; SRDiffusion's order for one switch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ditune.db.policy import AdaptiveHandoff, BandedHandoff, Handoff, HandoffPolicy
+
+_PLATEAU = 0.25  # of the way from the smallest to the greatest disagreement
+
+
+def edge(sigmas: Sequence[float], step: int) -> float:
+    """Return a noise level between a step and the one before it; above all, or 0 below all."""
+    if step == 0:
+        return sigmas[0] + (sigmas[0] - sigmas[1]) / 2.0
+    return (sigmas[step - 1] + sigmas[step]) / 2.0 if step < len(sigmas) else 0.0
+
+
+def switched(sigmas: Sequence[float], large_steps: int, tail_steps: int = 0) -> Handoff | None:
+    """Return the hand-off after some steps; the large model comes back for the last ones.
+
+    None where no step is left to the small model, or none is the large one's.
+
+    Args:
+        sigmas: Noise level of every step, falling.
+        large_steps: Of the large model, the tail among them.
+        tail_steps: How many of them come at the end.
+    """
+    back = len(sigmas) - tail_steps
+    switch = large_steps - tail_steps
+    if not 0 < switch < back:
+        return None
+    return Handoff(sigma=edge(sigmas, switch), until=edge(sigmas, back) if tail_steps > 0 else None)
+
+
+def ranked(
+    sigmas: Sequence[float], disagreement: Sequence[float], large_steps: int
+) -> BandedHandoff | None:
+    """Return the hand-off that leaves the steps of greatest disagreement to the large model.
+
+    Of all choices of so many steps it adds up the least squared disagreement.
+    """
+    steps = len(sigmas)
+    if not 0 <= large_steps < steps:
+        return None
+    by_disagreement = sorted(range(steps), key=lambda step: (disagreement[step], -step))
+    taken = set(by_disagreement[: steps - large_steps])
+    starts = [step for step in sorted(taken) if step - 1 not in taken]
+    ends = [step + 1 for step in sorted(taken) if step + 1 not in taken]
+    pairs = zip(starts, ends, strict=True)
+    return BandedHandoff(bands=tuple((edge(sigmas, a), edge(sigmas, b)) for a, b in pairs))
+
+
+def small_steps(handoff: HandoffPolicy | None, sigmas: Sequence[float]) -> list[int]:
+    """Return the steps that the small model takes, none where that shows only while it runs."""
+    if handoff is None or isinstance(handoff, AdaptiveHandoff):
+        return []
+    return [step for step, sigma in enumerate(sigmas) if handoff.takes(sigma)]
+
+
+def first_guess(disagreement: Sequence[float]) -> int:
+    """Return after how many steps to hand over first: where the disagreement has settled."""
+    low, high = min(disagreement), max(disagreement)
+    settled = (k for k, q in enumerate(disagreement) if q <= low + _PLATEAU * (high - low))
+    return max(1, next(settled))
+
+
+def latest(disagreement: Sequence[float]) -> int:
+    """Return after how many steps at most: where the two agree best, waiting buys nothing more."""
+    return max(1, min(range(len(disagreement)), key=lambda step: disagreement[step]))
