@@ -39,7 +39,6 @@ from ditune.tuner.source import prompts_digest
 from ditune.tuner.space import Space
 
 _ATTRIBUTES = ("digit", "colour", "motion")
-_FLOORS = ",".join(f"judge_{name}>=-0.03" for name in _ATTRIBUTES)
 _MEAN_FLOOR, _BOUND_FLOOR = -0.01, -0.03  # of the paired difference on held-out pairs
 _ALONE, _BOTH = 2.5, 4.0  # speedups to reach
 _CACHE, _HANDOFF, _JOINT = "cache only", "hand-off only", "both"
@@ -56,9 +55,15 @@ class Sizes:
     proof: int = 200
     held_out: int = 600
     timed: int = 40  # of them beside the plain pipeline, in turn
+    floor: float = -0.03
+
+    @property
+    def floors(self) -> str:
+        """What binds the search and the proof."""
+        return ",".join(f"judge_{name}>={self.floor}" for name in _ATTRIBUTES)
 
 
-_QUICK = Sizes(trials=8, search=4, proof=4, held_out=4, timed=3)
+_QUICK = Sizes(trials=8, search=4, proof=8, held_out=4, timed=3, floor=-0.5)
 
 
 class Comparison:
@@ -69,7 +74,7 @@ class Comparison:
         self.source = MiniatureSource()
         self.sizes = sizes
         self.say = say
-        self.floors = parse_constraints(_FLOORS)
+        self.floors = parse_constraints(sizes.floors)
         self.evaluator = Evaluator(self.source, self.floors)
         self.runs = Runs(self.evaluator, Measurements(folder / "measurements.jsonl"))
         self._folder = folder
@@ -233,7 +238,7 @@ def report(
     rivals: Mapping[str, Policy],
 ) -> None:
     """Add the rows: speed and rightness of each kind, the ceiling, and the rivals."""
-    benchmark.conditions["floors"] = _FLOORS
+    benchmark.conditions["floors"] = compared.sizes.floors
     benchmark.conditions["pairs"] = (
         f"{len(compared.search_cases)} to search on, {len(compared.proof)} to prove on, "
         f"{len(compared.held_out)} held-out, {compared.sizes.timed} of them timed in turn"
