@@ -353,9 +353,9 @@ def require_known(names: Sequence[str]) -> None:
 
 
 def _quality(found: Sequence[Measurement]) -> dict[str, Quality]:
-    """Return each metric's mean and worst over some generations."""
+    """Return mean and worst over some generations of each metric that all of them have."""
     quality = {}
-    for name in found[0].values:
+    for name in sorted(set.intersection(*(set(m.values) for m in found))):
         scores = [m.values[name] for m in found]
         mean = sum(scores) / len(scores)
         quality[name] = Quality(floor=None, mean=mean, worst=min(scores), n=len(scores))
