@@ -16,12 +16,13 @@ from ditune.db.errors import UsageFault
 
 Config = Mapping[str, Any]
 _FILES = ("config.json", "scheduler_config.json")
-# What has to agree, by part. A name that neither configuration has does not count.
+# What has to agree, by part: what a model is given and gives. A name that neither has does not
+# count; widths of attention over it (added_kv_proj_dim, cross_attention_dim) are a model's own.
 _FIELDS: Mapping[str, tuple[str, ...]] = {
     "transformer": (
         *("_class_name", "in_channels", "out_channels", "patch_size", "patch_size_t"),
-        *("text_dim", "text_embed_dim", "caption_channels", "cross_attention_dim"),
-        *("joint_attention_dim", "pooled_projection_dim", "image_dim", "added_kv_proj_dim"),
+        *("text_dim", "text_embed_dim", "caption_channels"),
+        *("joint_attention_dim", "pooled_projection_dim", "image_dim"),
         *("vace_in_channels", "guidance_embeds", "use_rotary_positional_embeddings"),
     ),
     "vae": (

@@ -12,6 +12,8 @@ from ditune.accel.internals import Output, latents_of
 from ditune.accel.pairs import configs_of, converted, require_pair
 from ditune.db.errors import UsageFault
 
+_CONTROL_SCALES = "control_hidden_states_scale"
+
 
 class Sibling:
     """Takes what the large model was called with and answers in its terms."""
@@ -21,6 +23,7 @@ class Sibling:
         self.model = model
         self._conversion = conversion
         config = getattr(model, "config", {})
+        self._control_layers = len(config.get("vace_layers") or ())
         self._rotates = bool(config.get("use_rotary_positional_embeddings", True))
 
     @classmethod
@@ -50,6 +53,7 @@ class Sibling:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the large model might have returned."""
+        kwargs = self._scaled(kwargs)
         if self._conversion is None:
             return self.model(*args, **kwargs)
         latents, timestep = latents_of(args, kwargs), kwargs["timestep"]
@@ -59,6 +63,18 @@ class Sibling:
             given["image_rotary_emb"] = None
         output = Output.of(self.model(**given))
         return output.rebuild(self._conversion.answered(latents, timestep, output.sample))
+
+    def _scaled(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return arguments with VACE's control scales for as many layers as this model has.
+
+        The pipeline gives one for each of the large model's; each layer here takes the one of the
+        same relative depth.
+        """
+        layers, scales = self._control_layers, kwargs.get(_CONTROL_SCALES)
+        if not layers or not isinstance(scales, Tensor) or len(scales) == layers:
+            return kwargs
+        depths = [round(i * (len(scales) - 1) / max(layers - 1, 1)) for i in range(layers)]
+        return {**kwargs, _CONTROL_SCALES: torch.stack([scales[depth] for depth in depths])}
 
     def require_on(self, device: torch.device) -> None:
         """Refuse a call on a device that the weights are not on, before its first step.

@@ -89,6 +89,26 @@ def trials_table(content: ReportContent) -> Table:
     return Table(head, tuple(row(t) for t in gather.listed(content.trials)), words)
 
 
+def ways_table(content: ReportContent) -> Table | None:
+    """Return one row for each way to leave work out, None where nothing handed over."""
+
+    def row(way: gather.Way) -> tuple[str, ...]:
+        best = way.fastest
+        if best is None or best.speedup is None:
+            return (way.name, str(way.tried), NONE, NONE, "none held the floors")
+        return (
+            way.name,
+            str(way.tried),
+            str(best.number),
+            factor(best.speedup),
+            policy_in_brief(best.policy),
+        )
+
+    found = gather.ways(content.trials)
+    head = ("way", "trials", "fastest that held", "speedup", "policy")
+    return Table(head, tuple(map(row, found)), frozenset({0, 4})) if found else None
+
+
 def ending(trial: Trial) -> str:
     """Say how a trial ended."""
     return "failed" if trial.state == "failed" else _ENDINGS[gather.verdict(trial)]

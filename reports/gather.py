@@ -6,7 +6,7 @@ No statistic is computed: medians, quantiles and intervals are the records' own.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -137,6 +137,37 @@ def _is_small(sigma: float | None, handoff: Handoff | BandedHandoff | None) -> b
 
 
 # --- what was tried --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to leave work out, and the fastest trial of it that held; None if none did."""
+
+    name: str
+    tried: int
+    fastest: Trial | None
+
+
+def ways(trials: tuple[Trial, ...]) -> tuple[Way, ...]:
+    """Return caches, hand-offs and both beside each other; empty where nothing handed over."""
+    names = {
+        (True, False): "cache only",
+        (False, True): "hand-off only",
+        (True, True): "both",
+    }
+    found: dict[str, list[Trial]] = {name: [] for name in names.values()}
+    for trial in trials:
+        policy = trial.policy
+        if policy != Policy():
+            found[names[policy.cache is not None, policy.handoff is not None]].append(trial)
+    if not found["hand-off only"] and not found["both"]:
+        return ()
+    return tuple(Way(name, len(each), _fastest(each)) for name, each in found.items())
+
+
+def _fastest(trials: Sequence[Trial]) -> Trial | None:
+    held = [trial for trial in trials if trial.feasible and trial.speedup is not None]
+    return max(held, key=lambda trial: trial.speedup or 0.0, default=None)
 
 
 @dataclass(frozen=True)

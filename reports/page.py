@@ -83,6 +83,7 @@ def _evidence(content: ReportContent) -> dict[str, Any]:
         "agreement": summary.agreement_in_words(content),
         "profile_words": summary.profile_in_words(content.profile),
         "trials": charts.trials_table(content),
+        "ways": charts.ways_table(content),
         "trials_given": len(content.trials),
         "groups": summary.conditions(content),
     }

@@ -85,42 +85,7 @@ class Space:
         fitting = [t for t in trajectories if t.steps == self.steps]
         self._arc_length = arc_length_of(fitting) if fitting else arc_length(self._density[1:])
         self._schedules = StepSchedules(fitting, self._arc_length) if fitting else None
-        front = max(1, self.depth // 2)
-        self.distributions: dict[str, BaseDistribution] = {
-            "kind": CategoricalDistribution(["mask", "rule"]),
-            "compute_frac": FloatDistribution(_COMPUTE_MIN, 1.0),
-            "warmup_frac": FloatDistribution(0.02, 0.4),
-            "cooldown_steps": IntDistribution(0, 3),
-            "block_share": FloatDistribution(0.0, 0.6),
-            "order": IntDistribution(0, 2),
-            "form": CategoricalDistribution(["output", "latent", "hidden"]),
-            "fn_blocks": IntDistribution(1, front),
-            "delta2": FloatDistribution(0.005, 0.5, log=True),
-            "delta1_ratio": FloatDistribution(0.2, 0.9),
-            "interval_max": IntDistribution(2, 8),
-            "indicator": CategoricalDistribution([_INTERVALS, *get_args(Indicator)]),
-            "threshold": FloatDistribution(0.01, 2.0, log=True),
-        }
-        if self._schedules is not None:
-            self.distributions["early"] = FloatDistribution(0.5, 40.0, log=True)
-        else:
-            self.distributions["density_power"] = FloatDistribution(0.0, 1.5)
-        if self._arc_length is not None:
-            self.distributions["axis"] = CategoricalDistribution([_ARC_LENGTH, _STEP])
-        if self.guidance:
-            self.distributions["cfg_share"] = FloatDistribution(0.0, 0.6)
-            self.distributions["cfg_form"] = CategoricalDistribution(["delta", "fft_delta"])
-        if self.hands_over:
-            kinds = [_NONE, _STATIC, _ADAPTIVE]
-            self.distributions |= {
-                "handoff": CategoricalDistribution(
-                    [*kinds, _RANKED] if self.disagreement is not None else kinds
-                ),
-                "handoff_frac": FloatDistribution(0.02, 0.98),
-                "tail_steps": IntDistribution(0, _TAIL_MOST),
-                "delta": FloatDistribution(0.002, 0.1, log=True),
-                "small_compute_frac": FloatDistribution(_COMPUTE_MIN, 1.0),
-            }
+        self.distributions = {**self._common(), **self._depending()}
 
     @property
     def digest(self) -> str:
@@ -161,6 +126,46 @@ class Space:
         """The least number of steps that such a mask computes: its protected ends."""
         ends = self._mask(self._point(compute_frac=0.0), None).actions.count("full")
         return max(ends, math.ceil(_COMPUTE_MIN * self.steps))
+
+    def _common(self) -> dict[str, BaseDistribution]:
+        """Return the numbers that every space has."""
+        return {
+            "kind": CategoricalDistribution(["mask", "rule"]),
+            "compute_frac": FloatDistribution(_COMPUTE_MIN, 1.0),
+            "warmup_frac": FloatDistribution(0.02, 0.4),
+            "cooldown_steps": IntDistribution(0, 3),
+            "block_share": FloatDistribution(0.0, 0.6),
+            "order": IntDistribution(0, 2),
+            "form": CategoricalDistribution(["output", "latent", "hidden"]),
+            "fn_blocks": IntDistribution(1, max(1, self.depth // 2)),
+            "delta2": FloatDistribution(0.005, 0.5, log=True),
+            "delta1_ratio": FloatDistribution(0.2, 0.9),
+            "interval_max": IntDistribution(2, 8),
+            "indicator": CategoricalDistribution([_INTERVALS, *get_args(Indicator)]),
+            "threshold": FloatDistribution(0.01, 2.0, log=True),
+        }
+
+    def _depending(self) -> dict[str, BaseDistribution]:
+        """Return the numbers that depend on trajectories, guidance and a small model."""
+        found: dict[str, BaseDistribution] = {}
+        if self._schedules is not None:
+            found["early"] = FloatDistribution(0.5, 40.0, log=True)
+        else:
+            found["density_power"] = FloatDistribution(0.0, 1.5)
+        if self._arc_length is not None:
+            found["axis"] = CategoricalDistribution([_ARC_LENGTH, _STEP])
+        if self.guidance:
+            found["cfg_share"] = FloatDistribution(0.0, 0.6)
+            found["cfg_form"] = CategoricalDistribution(["delta", "fft_delta"])
+        if self.hands_over:
+            kinds = [_NONE, _STATIC, _ADAPTIVE]
+            kinds += [_RANKED] if self.disagreement is not None else []
+            found["handoff"] = CategoricalDistribution(kinds)
+            found["handoff_frac"] = FloatDistribution(0.02, 0.98)
+            found["tail_steps"] = IntDistribution(0, _TAIL_MOST)
+            found["delta"] = FloatDistribution(0.002, 0.1, log=True)
+            found["small_compute_frac"] = FloatDistribution(_COMPUTE_MIN, 1.0)
+        return found
 
     def _point(self, **chosen: float | int | str) -> dict[str, float | int | str]:
         """Return a point with the given numbers and neutral ones elsewhere."""

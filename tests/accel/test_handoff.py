@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,14 @@ from torch import nn
 from ditune.accel.apply import accelerate
 from ditune.accel.handoff import Falling, Prediction, Router, Signal, denoised, prediction_of
 from ditune.accel.mixcache import Place
-from ditune.db.policy import AdaptiveHandoff, BandedHandoff, Handoff, HandoffPolicy, Policy
+from ditune.db.policy import (
+    AdaptiveHandoff,
+    BandedHandoff,
+    Handoff,
+    HandoffPolicy,
+    MaskCache,
+    Policy,
+)
 
 FLOW = SimpleNamespace(config=SimpleNamespace(prediction_type=None))
 
@@ -215,6 +223,21 @@ def test_a_multistep_solver_keeps_its_history(small: nn.Module, generate: Genera
     swapped = generate(pipe, callback_on_step_end=swap)
     pipe.transformer = large
     assert torch.equal(ours, swapped)
+
+
+def test_a_model_that_comes_back_starts_with_an_empty_cache(
+    pipe: WanPipeline, small: nn.Module, generate: Generate
+) -> None:
+    """Its first step is computed, whatever the mask says: what it held is too old."""
+    pipe.scheduler.set_timesteps(STEPS)
+    edges = [float(a + b) / 2 for a, b in pairwise(pipe.scheduler.sigmas.tolist())]
+    handoff = BandedHandoff(bands=((edges[3], edges[7]),))  # steps 4 to 7
+    mask = MaskCache(actions=("full", *["step"] * (STEPS - 1)))
+    with accelerate(pipe, Policy(handoff=handoff, cache=mask), small=small) as applied:
+        generate(pipe)
+        summary = applied.summary()
+    assert summary.steps == {"full": 3, "step": STEPS - 3}
+    assert (summary.computed, summary.small_forwards) == (6, 2)
 
 
 def test_an_interrupted_call_leaves_no_switch_behind(

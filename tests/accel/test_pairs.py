@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 from tests.conftest import wan_pipeline, wan_transformer
 
-from ditune.accel.pairs import configs_in, configs_of, differences, require_pair
+from ditune.accel.pairs import (
+    configs_in,
+    configs_of,
+    converted,
+    differences,
+    require_pair,
+)
 from ditune.db.errors import UsageFault
 
 Configs = dict[str, dict[str, Any]]
@@ -61,6 +67,58 @@ def test_a_family_pairs_whatever_its_schedulers_are_called() -> None:
     assert not differences(LARGE, {"transformer": SMALL["transformer"]})
 
 
+def family(heads: int, layers: int, **fields: Any) -> Configs:
+    """Return a transformer's configuration as the published sizes have it."""
+    sizes = {"num_attention_heads": heads, "attention_head_dim": 128, "num_layers": layers}
+    return {"transformer": {**sizes, **fields}}
+
+
+SKYREELS = {
+    "_class_name": "SkyReelsV2Transformer3DModel",
+    "text_dim": 4096,
+    "patch_size": [1, 2, 2],
+}
+COSMOS = {"_class_name": "CosmosTransformer3DModel", "text_embed_dim": 1024, "out_channels": 16}
+VACE = {"_class_name": "WanVACETransformer3DModel", "in_channels": 16, "vace_in_channels": 96}
+LTX = {"_class_name": "LTXVideoTransformer3DModel", "in_channels": 128, "caption_channels": 4096}
+
+
+@pytest.mark.parametrize(
+    ("large", "small"),
+    [
+        (
+            family(40, 40, **VACE, vace_layers=list(range(0, 40, 5))),
+            family(12, 30, **VACE, vace_layers=list(range(0, 30, 2))),
+        ),
+        (family(40, 40, **SKYREELS, in_channels=16), family(12, 30, **SKYREELS, in_channels=16)),
+        (
+            family(40, 40, **SKYREELS, in_channels=36, image_dim=1280, added_kv_proj_dim=5120),
+            family(12, 30, **SKYREELS, in_channels=36, image_dim=1280, added_kv_proj_dim=1536),
+        ),
+        (
+            family(40, 36, **COSMOS, in_channels=17, rope_scale=[0.8333, 2.0, 2.0]),
+            family(16, 28, **COSMOS, in_channels=17, rope_scale=[1.0, 3.0, 3.0]),
+        ),
+        (
+            family(32, 48, **LTX, cross_attention_dim=4096),
+            family(32, 28, **LTX, cross_attention_dim=2048),
+        ),
+    ],
+    ids=["Wan VACE", "SkyReels DF", "SkyReels I2V", "Cosmos Predict 2", "LTX"],
+)
+def test_published_families_pair_one_way_round(large: Configs, small: Configs) -> None:
+    assert not differences(large, small)
+    assert [each.field for each in differences(small, large)] == [
+        "transformer size (layers x width^2)"
+    ]
+
+
+def test_image_to_video_does_not_pair_with_text_to_video() -> None:
+    large = family(40, 36, **COSMOS, in_channels=17)
+    found = differences(large, family(16, 28, **COSMOS, in_channels=16))
+    assert [each.field for each in found] == ["transformer.in_channels"]
+
+
 @pytest.mark.parametrize(
     ("small", "named"),
     [
@@ -81,13 +139,19 @@ def test_each_field_that_differs_is_named(small: Configs, named: set[str]) -> No
     assert all(name in str(fault.value) for name in named)
 
 
-def test_the_two_cogvideox_differ_in_what_has_to_be_converted() -> None:
-    found = differences(cog(42, 0.7, 1.0, rotary=True), cog(30, 1.15258426, 3.0, rotary=False))
-    assert {each.field for each in found} == {
+def test_the_two_cogvideox_pair_by_conversion() -> None:
+    large, small = cog(42, 0.7, 1.0, rotary=True), cog(30, 1.15258426, 3.0, rotary=False)
+    fields = {
         "transformer.use_rotary_positional_embeddings",
         "vae.scaling_factor",
         "scheduler.snr_shift_scale",
     }
+    assert not differences(large, small)
+    assert {each.field for each in converted(large, small)} == fields
+    bare = {"transformer": small["transformer"]}
+    assert not converted(large, bare)
+    with pytest.raises(UsageFault, match="give its whole pipeline"):
+        require_pair(large, bare, ("5B", "2B"))
 
 
 def test_swapped_models_are_told_so() -> None:

@@ -12,6 +12,7 @@ from diffusers import (
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    WanVACETransformer3DModel,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -191,6 +192,40 @@ def test_a_cogvideox_pipeline_hands_over() -> None:
         assert torch.isfinite(handed).all()
         assert not torch.equal(handed, plain)
     assert torch.equal(plain, generate(large))
+
+
+def test_vace_gets_as_many_control_scales_as_it_has_layers() -> None:
+    def vace(layers: int, control_layers: list[int]) -> WanVACETransformer3DModel:
+        torch.manual_seed(0)
+        return WanVACETransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=24,
+            in_channels=4,
+            out_channels=4,
+            text_dim=16,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=layers,
+            rope_max_seq_len=32,
+            vace_layers=control_layers,
+            vace_in_channels=8,
+        ).eval()
+
+    small = vace(3, [0, 2])
+    random = torch.Generator().manual_seed(0)
+    given = {
+        "hidden_states": torch.randn(1, 4, 3, 8, 8, generator=random),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 6, 16, generator=random),
+        "control_hidden_states": torch.randn(1, 8, 3, 8, 8, generator=random),
+        "return_dict": False,
+    }
+    sibling = Sibling.of(vace(6, [0, 2, 4, 5]), small)
+    with torch.no_grad():
+        ours = sibling(control_hidden_states_scale=torch.tensor([0.5, 1.0, 2.0, 3.0]), **given)[0]
+        own = small(control_hidden_states_scale=torch.tensor([0.5, 3.0]), **given)[0]
+    assert torch.equal(ours, own)
 
 
 # --- refusals ----------------------------------------------------------------------------------

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 
 from ditune.db.policy import AdaptiveHandoff, Policy, RuleCache
-from ditune.db.records import Constraint, LayerTiming, Quality, Study
-from ditune.reports import gather
+from ditune.db.records import Constraint, LayerTiming, Quality, Study, Trial
+from ditune.reports import charts, gather
 from ditune.reports.content import ReportContent
+from ditune.reports.page import render
 
 Build = Callable[..., ReportContent]
 
@@ -153,3 +154,37 @@ def test_a_page_lists_no_more_than_it_can(content: ReportContent, count: int) ->
     listed = gather.listed(trials)
     assert min(count, gather.TRIALS_SHOWN) == len(listed)
     assert sorted(t.number for t in listed) == [t.number for t in listed]
+
+
+def test_ways_stand_beside_each_other_with_the_fastest_that_held(
+    content: ReportContent, handoff: Policy
+) -> None:
+    assert gather.ways(content.trials) == ()  # nothing handed over
+    template = content.trials[1]
+
+    def trial(policy: Policy, speedup: float, *, holds: bool = True) -> Trial:
+        violation = {"psnr": -0.1 if holds else 0.1}
+        changes = {"policy": policy, "speedup": speedup, "violation": violation}
+        return template.model_copy(update={**changes, "state": "complete"})
+
+    cached = Policy(cache=RuleCache())
+    both = Policy(cache=RuleCache(), handoff=handoff.handoff)
+    trials = (
+        trial(Policy(), 1.0),
+        trial(cached, 2.0),
+        trial(cached, 3.0),
+        trial(cached, 4.0, holds=False),
+        trial(handoff, 2.5),
+        trial(both, 6.0, holds=False),
+    )
+    found = {way.name: (way.tried, way.fastest) for way in gather.ways(trials)}
+    assert found == {
+        "cache only": (3, trials[2]),
+        "hand-off only": (1, trials[4]),
+        "both": (1, None),
+    }
+    table = charts.ways_table(replace(content, trials=trials))
+    assert table is not None
+    assert [row[3] for row in table.rows] == ["3.00x", "2.50x", charts.NONE]
+    page = str(render(replace(content, trials=trials)))
+    assert "Caches, hand-offs and both" in page
