@@ -24,6 +24,7 @@ from ditune.accel.apply import accelerate
 from ditune.accel.handoff import Falling, Prediction, Router, Signal, denoised, prediction_of
 from ditune.accel.mixcache import Place
 from ditune.db.policy import (
+    Action,
     AdaptiveHandoff,
     BandedHandoff,
     Handoff,
@@ -232,7 +233,8 @@ def test_a_model_that_comes_back_starts_with_an_empty_cache(
     pipe.scheduler.set_timesteps(STEPS)
     edges = [float(a + b) / 2 for a, b in pairwise(pipe.scheduler.sigmas.tolist())]
     handoff = BandedHandoff(bands=((edges[3], edges[7]),))  # steps 4 to 7
-    mask = MaskCache(actions=("full", *["step"] * (STEPS - 1)))
+    reused: list[Action] = ["step"] * (STEPS - 1)
+    mask = MaskCache(actions=("full", *reused))
     with accelerate(pipe, Policy(handoff=handoff, cache=mask), small=small) as applied:
         generate(pipe)
         summary = applied.summary()
