@@ -39,9 +39,9 @@ class Sibling:
             UsageFault: It cannot take over; every field in which the two differ is named.
         """
         model = getattr(small, "transformer", small)
-        if not isinstance(model, nn.Module):
+        if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise UsageFault(
-                f"a small model is a transformer or a pipeline with one, not a "
+                "a small model is a diffusers transformer or a pipeline with one, not a "
                 f"{type(small).__name__}: give small=pipe.transformer or small=pipe"
             )
         large_configs, small_configs = configs_of(pipe), configs_of(small)

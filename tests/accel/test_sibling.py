@@ -248,6 +248,7 @@ def test_models_that_do_not_pair_are_refused_before_anything_is_attached() -> No
     assert "are they swapped?" in refused(pipe, wan_transformer(layers=4))
     assert "in_channels" in refused(pipe, cogvideox("2b").transformer)
     assert "not a str" in refused(pipe, "a/folder")
+    assert "not a Linear" in refused(pipe, torch.nn.Linear(2, 2))
     accelerate(pipe, Policy()).remove()
 
 
