@@ -89,7 +89,8 @@ def _converts(large: Mapping[str, Config], small: Mapping[str, Config]) -> bool:
     return all(
         each["transformer"].get("_class_name") == _CONVERTED_CLASS
         and each["scheduler"].get("prediction_type") == _VELOCITY
-        and each["transformer"].get("out_channels") in (None, each["transformer"]["in_channels"])
+        and each["transformer"].get("out_channels")
+        in (None, each["transformer"].get("in_channels"))
         for each in (large, small)
     )
 

@@ -20,10 +20,8 @@ from rich.console import Console
 
 from ditune.accel.apply import accelerate
 from ditune.cli.sources import quieten_libraries
-from ditune.db.engine import study_storage_url
 from ditune.db.policy import AdaptiveHandoff, BandedHandoff, Handoff, Policy
-from ditune.db.records import Settings, Study, Trial
-from ditune.db.store import Store
+from ditune.db.records import Trial
 from ditune.miniature.system import MiniatureSource
 from ditune.profiler.record import Recorded, record
 from ditune.profiler.statistics import counts_lower_bound, paired_speedup
@@ -34,9 +32,9 @@ from ditune.tuner.handoffs import edge
 from ditune.tuner.measurements import Measurements
 from ditune.tuner.peers.contract import Setting
 from ditune.tuner.quality import parse_constraints
-from ditune.tuner.search import Budget, Search, candidates, now
-from ditune.tuner.source import prompts_digest
+from ditune.tuner.search import Budget, candidates
 from ditune.tuner.space import Space
+from ditune.tuner.studies import searched, settings_of
 
 _ATTRIBUTES = ("digit", "colour", "motion")
 _MEAN_FLOOR, _BOUND_FLOOR = -0.01, -0.03  # of the paired difference on held-out pairs
@@ -91,24 +89,15 @@ class Comparison:
 
     def searched(self, recorded: Recorded) -> list[Trial]:
         """Run the search that `tune run` runs."""
-        found = recorded.profile
-        space = Space(found, handoff=True, trajectories=recorded.trajectories)
-        settings = Settings(
-            hardware=found.hardware,
-            software=found.software,
-            workload=found.workload,
-            constraints=self.floors,
-            prompts_digest=prompts_digest(self.source),
-            seed=0,
-            space=space.digest,
+        space = Space(recorded.profile, handoff=True, trajectories=recorded.trajectories)
+        return searched(
+            settings_of(self.evaluator, recorded.profile, space),
+            space,
+            self.evaluator,
+            self.search_cases,
+            str(self._folder / "search.db"),
+            lambda search: search.run(Budget(self.sizes.trials), self._show),
         )
-        url = str(self._folder / "search.db")
-        with Store.open(url) as store:
-            if settings.study not in {study.name for study in store.studies()}:
-                store.save_study(Study(name=settings.study, settings=settings, created_at=now()))
-            search = Search(settings.study, space, self.evaluator, self.search_cases, seed=0)
-            search.open(study_storage_url(url), store)
-            return search.run(Budget(self.sizes.trials), self._show)
 
     def _show(self, trial: Trial, count: int) -> None:
         held = "holds" if trial.feasible else f"misses {trial.reason or trial.violation}"

@@ -222,10 +222,12 @@ def violations(
     missed = {}
     for constraint in constraints:
         scores = [value[constraint.metric] for value in values]
-        seen = min(scores)
-        if constraint.statistic == "mean":
+        if constraint.statistic == "worst":
+            seen = min(scores)
+        elif counts(constraint):
             seen = float(np.mean(scores))
-            seen = seen if counts(constraint) else lower_bound(constraint, scores, _MARGIN)
+        else:
+            seen = lower_bound(constraint, scores, _MARGIN)
         missed[constraint.name] = (constraint.floor - seen) / max(abs(constraint.floor), 1e-3)
     return missed
 
@@ -240,13 +242,13 @@ def hopeless(constraints: Sequence[Constraint], values: Sequence[Mapping[str, fl
         scores = [value[constraint.metric] for value in values]
         if constraint.statistic == "worst" and min(scores) < constraint.floor:
             return f"{constraint.name}: a prompt gave {min(scores):.3g}, below {constraint.floor:g}"
-        if counts(constraint) and constraint.statistic == "mean":
-            most = -lower_bound(constraint, [-score for score in scores])
-            if most < constraint.floor:
-                return f"{constraint.name}: {len(scores)} prompts give at most {most:.3g}"
+        if constraint.statistic == "worst":
             continue
-        lost = constraint.floor - 0.1 * abs(constraint.floor)
-        if constraint.statistic == "mean" and len(scores) >= 2 and max(scores) < lost:
+        most, lost = max(scores), constraint.floor - 0.1 * abs(constraint.floor)
+        if counts(constraint):
+            most = -lower_bound(constraint, [-score for score in scores])
+            lost = constraint.floor
+        if len(scores) >= 2 and most < lost:
             return f"{constraint.name}: {len(scores)} prompts stay below {lost:.3g}"
     return ""
 

@@ -14,7 +14,7 @@ from ditune.accel.lookup import default_database
 from ditune.db.engine import study_storage_url
 from ditune.db.errors import NoFeasiblePolicy, StoreFault, UsageFault
 from ditune.db.policy import Policy
-from ditune.db.records import PolicyFile, Profile, Quality, Settings, Study, Trial
+from ditune.db.records import PolicyFile, Profile, Quality, Study, Trial
 from ditune.db.store import Store
 from ditune.profiler.impact import impacts
 from ditune.profiler.record import Recorded, record
@@ -25,6 +25,7 @@ from ditune.tuner.quality import cases_needed, counts, needs_reference, parse_co
 from ditune.tuner.search import Budget, Search, candidates, now
 from ditune.tuner.source import FolderSource, Source, prompts_digest
 from ditune.tuner.space import Space
+from ditune.tuner.studies import settings_of
 
 Stage = Literal["profile", "search", "confirm"]
 _SEARCH_SEED = 1_000  # noise seeds of the search and of confirmation never meet
@@ -184,15 +185,7 @@ class Session:
         return True
 
     def _study(self, found: Profile, space: Space) -> Study:
-        settings = Settings(
-            hardware=found.hardware,
-            software=found.software,
-            workload=found.workload,
-            constraints=self.constraints,
-            prompts_digest=self._prompts_digest,
-            seed=self.options.seed,
-            space=space.digest,
-        )
+        settings = settings_of(self.evaluator, found, space, self.options.seed)
         study = Study(
             name=settings.study,
             settings=settings,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.tuner.test_search import STEPS, profile
+from tests.tuner.test_search import STEPS, prior, profile
 
 from ditune.db.policy import AdaptiveHandoff, BandedHandoff, Handoff, MaskCache, Policy, RuleCache
 from ditune.db.records import Profile, Trial
@@ -24,21 +24,8 @@ def world(policy: Policy) -> bool:
 
 
 def trial(number: int, policy: Policy) -> Trial:
-    return Trial(
-        uuid=str(number),
-        study="study-1",
-        number=number,
-        source="prior",
-        policy=policy,
-        state="complete",
-        speedup=2.0,
-        work_ratio=2.0,
-        quality={},
-        violation={"judge": -0.1 if world(policy) else 0.1},
-        reason=None,
-        duration_s=1.0,
-        created_at="2026-01-01T00:00:00Z",
-    )
+    violation = {"judge": -0.1 if world(policy) else 0.1}
+    return prior(number, policy).model_copy(update={"violation": violation})
 
 
 def climbed(space: Space) -> list[Trial]:

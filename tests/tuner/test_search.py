@@ -34,6 +34,25 @@ STEPS = 20
 FLOORS = parse_constraints("psnr>=35,psnr_worst>=27")
 
 
+def prior(number: int, policy: Policy) -> Trial:
+    """Return a trial that a ladder proposed and that ran to its end."""
+    return Trial(
+        uuid=str(number),
+        study="study-1",
+        number=number,
+        source="prior",
+        policy=policy,
+        state="complete",
+        speedup=2.0,
+        work_ratio=2.0,
+        quality={},
+        violation={},
+        reason=None,
+        duration_s=1.0,
+        created_at="2026-01-01T00:00:00Z",
+    )
+
+
 def profile(guidance: bool = True) -> Profile:
     """Return a profile by hand."""
     return Profile(
@@ -202,20 +221,8 @@ def test_one_unlucky_pair_does_not_turn_the_order_of_work_around() -> None:
     def measured(number: int, work: float, speedup: float) -> Trial:
         reused: list[Action] = ["step"] * number
         policy = Policy(cache=MaskCache(actions=("full", *reused)))
-        return Trial(
-            uuid=str(number),
-            study="study-1",
-            number=number,
-            source="prior",
-            policy=policy,
-            state="complete",
-            speedup=speedup,
-            work_ratio=work,
-            quality={},
-            violation={"psnr": -0.1},
-            reason=None,
-            duration_s=1.0,
-            created_at="2026-01-01T00:00:00Z",
+        return prior(number, policy).model_copy(
+            update={"speedup": speedup, "work_ratio": work, "violation": {"psnr": -0.1}}
         )
 
     trials = [measured(1, 2.0, 1.9), measured(2, 3.1, 3.1), measured(3, 3.6, 3.0)]

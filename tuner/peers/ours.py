@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from ditune.accel.apply import accelerate
-from ditune.db.engine import study_storage_url
 from ditune.db.errors import UsageFault
 from ditune.db.policy import Policy
-from ditune.db.records import Settings, Study, Trial
+from ditune.db.records import Trial
 from ditune.db.store import Store
 from ditune.profiler.record import Recorded, record
 from ditune.tuner.evaluate import Case, Evaluator
 from ditune.tuner.peers.contract import Setting
-from ditune.tuner.search import Budget, Search, candidates, now
-from ditune.tuner.source import Source, prompts_digest
+from ditune.tuner.search import Budget, candidates
+from ditune.tuner.source import Source
 from ditune.tuner.space import Space
+from ditune.tuner.studies import searched, settings_of
 
 NAME = "ditune"
 _PROFILED = 2  # prompts
@@ -50,24 +50,15 @@ def fastest(
         budget: Trials, as many as the peers have settings.
         progress: Called after every trial.
     """
-    found = recorded.profile
-    space = Space(found, handoff=False, trajectories=recorded.trajectories)
-    settings = Settings(
-        hardware=found.hardware,
-        software=found.software,
-        workload=found.workload,
-        constraints=evaluator.constraints,
-        prompts_digest=prompts_digest(evaluator.source),
-        seed=0,
-        space=space.digest,
+    space = Space(recorded.profile, handoff=False, trajectories=recorded.trajectories)
+    trials = searched(
+        settings_of(evaluator, recorded.profile, space),
+        space,
+        evaluator,
+        cases,
+        str(folder / _SEARCHES),
+        lambda search: search.run(budget, progress),
     )
-    url = str(folder / _SEARCHES)
-    with Store.open(url) as store:
-        if settings.study not in {study.name for study in store.studies()}:
-            store.save_study(Study(name=settings.study, settings=settings, created_at=now()))
-        search = Search(settings.study, space, evaluator, cases, seed=settings.seed)
-        search.open(study_storage_url(url), store)
-        trials = search.run(budget, progress)
     return [setting_of(trial.policy) for trial in candidates(trials, budget.trials)]
 
 
