@@ -271,3 +271,17 @@ def test_handoff_lies_between_two_noise_levels() -> None:
     handoff = space.policy(point).handoff
     assert isinstance(handoff, Handoff)
     assert pytest.approx((1.0 - 7 / STEPS + 1.0 - 8 / STEPS) / 2) == handoff.sigma
+
+
+def test_shares_of_right_videos_are_given_up_by_their_bound_and_count_as_they_are() -> None:
+    floors = parse_constraints("judge_digit>=-0.03")
+
+    def scored(*scores: float) -> list[dict[str, float]]:
+        return [{"judge_digit": score} for score in scores]
+
+    assert "stay below" in hopeless(floors, scored(-1.0, -1.0, -1.0))
+    assert not hopeless(floors, scored(-1.0, -1.0, 0.0, 0.0))
+    assert not hopeless(floors, scored(-1.0, *[0.0] * 19))
+    assert violations(floors, scored(*[0.0] * 32))["judge_digit"] <= 0.0
+    assert violations(floors, scored(1.0, -1.0, *[0.0] * 30))["judge_digit"] <= 0.0
+    assert violations(floors, scored(-1.0, *[0.0] * 31))["judge_digit"] > 0.0
