@@ -241,7 +241,8 @@ def _handoff(handoff: HandoffPolicy) -> str:
 
 def _handoff_in_brief(handoff: HandoffPolicy) -> str:
     if isinstance(handoff, BandedHandoff):
-        return f"small model in {len(handoff.bands)} bands of sigma"
+        count = len(handoff.bands)
+        return f"small model in {count} band{'s' if count > 1 else ''} of sigma"
     if isinstance(handoff, Handoff):
         said = f"hand-off below sigma {number(handoff.sigma)}"
     else:

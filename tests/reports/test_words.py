@@ -72,6 +72,8 @@ def test_handoff_and_nothing() -> None:
     said = words.policy_in_words(bands)
     assert said == "The small model runs between sigma 0.9 and 0.6, between 0.4 and 0."
     assert words.policy_in_brief(bands) == "small model in 2 bands of sigma"
+    one = Policy(handoff=BandedHandoff(bands=((0.6, 0.0),)))
+    assert words.policy_in_brief(one) == "small model in 1 band of sigma"
     adaptive = Policy(handoff=AdaptiveHandoff())
     said = words.policy_in_words(adaptive)
     assert "change of the denoised estimate falls by less than 0.01 a step" in said
