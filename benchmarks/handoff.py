@@ -1,46 +1,50 @@
 """How fast is a video that starts with the large model and ends with the small one, as right?
 
 Searches caches, hand-offs and both together under floors on what the judge sees, proves the fastest
-of each kind, and measures them on 600 held-out pairs of caption and seed. It takes hours; what it
-measured stays in `bench-out/handoff` (`bench-out/handoff-quick`), and the next run goes on from it.
+of each kind, judges them on 600 held-out pairs of caption and seed, and times them in turn with the
+plain pipeline. It takes hours on a CPU; what it measured stays in `bench-out/handoff`
+(`bench-out/handoff-quick`), and the next run goes on from it. With `--device cuda` it judges what
+can be judged in batches, and stops: the run that times what was found is another one.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
+from benchmarks.judged import Judged, decides, name_of
 from benchmarks.rows import Benchmark, Row, main
 from rich.console import Console
 
-from ditune.accel.apply import accelerate
 from ditune.cli.sources import quieten_libraries
+from ditune.db.files import write_atomically
 from ditune.db.policy import AdaptiveHandoff, BandedHandoff, Handoff, Policy
 from ditune.db.records import Trial
 from ditune.miniature.system import MiniatureSource
-from ditune.profiler.record import Recorded, record
+from ditune.profiler.record import record
 from ditune.profiler.statistics import counts_lower_bound, paired_speedup
-from ditune.tuner.bench_runs import PLAIN, Runs
 from ditune.tuner.confirm import missed
-from ditune.tuner.evaluate import Evaluator, cases_of
+from ditune.tuner.evaluate import Case, Evaluator, cases_of
 from ditune.tuner.handoffs import edge
-from ditune.tuner.measurements import Measurements
-from ditune.tuner.peers.contract import Setting
+from ditune.tuner.measurements import Measurement, Measurements
 from ditune.tuner.quality import parse_constraints
 from ditune.tuner.search import Budget, candidates
 from ditune.tuner.space import Space
 from ditune.tuner.studies import searched, settings_of
 
-_ATTRIBUTES = ("digit", "colour", "motion")
+_ATTRIBUTES = ("judge_digit", "judge_colour", "judge_motion")
 _MEAN_FLOOR, _BOUND_FLOOR = -0.01, -0.03  # of the paired difference on held-out pairs
 _ALONE, _BOTH = 2.5, 4.0  # speedups to reach
 _CACHE, _HANDOFF, _JOINT = "cache only", "hand-off only", "both"
-_FIRST, _SMALL = "small model first", "small model alone"
+_FIRST, _GOOD, _SMALL = "small model first", "switch for good", "small model alone"
+_DELTAS = (0.01, 0.03)  # of the official adaptive rule
+_SHARES = (0.8, 0.6, 0.4, 0.2, 0.1, 0.04)  # of the steps, where the small model comes first
+_PROOF_LOOK = 50  # videos after which a proof may end early
+_IN_TURN = "in turn"
 _SEARCH_SEED, _PROOF_SEED, _HELD_OUT_SEED = 1_000, 600_000, 900_000
 
 
@@ -50,104 +54,122 @@ class Sizes:
 
     trials: int = 44
     search: int = 32
-    proof: int = 200
+    proof: int = 400
     held_out: int = 600
-    timed: int = 40  # of them beside the plain pipeline, in turn
+    timed: int = 40  # of them in turn with the plain pipeline
     floor: float = -0.03
 
     @property
     def floors(self) -> str:
         """What binds the search and the proof."""
-        return ",".join(f"judge_{name}>={self.floor}" for name in _ATTRIBUTES)
+        return ",".join(f"{name}>={self.floor}" for name in _ATTRIBUTES)
 
 
 _QUICK = Sizes(trials=8, search=4, proof=8, held_out=4, timed=3, floor=-0.5)
 
 
-class Comparison:
-    """The miniature, a search, and what was measured so far."""
+@dataclass(frozen=True)
+class Found:
+    """What a search gave: the policies that held its floors, the fastest first."""
 
-    def __init__(self, folder: Path, sizes: Sizes, say: Callable[[str], None]) -> None:
+    policies: tuple[Policy, ...]
+    sigmas: tuple[float, ...]  # of the plain schedule
+
+    def of_kind(self, kind: str) -> list[Policy]:
+        """Return those of one family."""
+        return [policy for policy in self.policies if kind_of(policy) == kind]
+
+
+class Comparison:
+    """The miniature, what was measured so far, and on which videos the rest is measured."""
+
+    def __init__(self, folder: Path, sizes: Sizes, device: str, say: Callable[[str], None]) -> None:
         """Take up what the folder holds."""
         self.source = MiniatureSource()
         self.sizes = sizes
-        self.say = say
         self.floors = parse_constraints(sizes.floors)
-        self.evaluator = Evaluator(self.source, self.floors)
-        self.runs = Runs(self.evaluator, Measurements(folder / "measurements.jsonl"))
+        self.log = Measurements(folder / "measurements.jsonl")
+        self._say = say
         self._folder = folder
+        self._device = device
         held_out = self.source.held_out
-        self.search_cases = cases_of(self.source.calibration, sizes.search, _SEARCH_SEED)
         self.proof = cases_of(held_out, sizes.proof, _PROOF_SEED)
         self.held_out = cases_of(held_out, sizes.held_out, _HELD_OUT_SEED)
+        self.timed = self.held_out[: sizes.timed]
 
-    def recorded(self) -> Recorded:
-        """Return the profile that the search rests on."""
-        prompts = self.source.calibration[:2]
-        small, call = self.source.small, self.source.call
-        return record(self.source.pipe, prompts, call=call, small=small, seed=_SEARCH_SEED)
+    def found(self) -> Found:
+        """Return what the search found, searching unless the folder has it."""
+        path = self._folder / "found.json"
+        if not path.exists():
+            trials, sigmas = self._search()
+            ordered = [trial.policy for trial in candidates(trials, len(trials))]
+            written = {"policies": [p.model_dump(mode="json") for p in ordered], "sigmas": sigmas}
+            write_atomically(path, json.dumps(written, indent=1).encode())
+        read = json.loads(path.read_text())
+        policies = tuple(Policy.model_validate(each) for each in read["policies"])
+        return Found(policies, tuple(read["sigmas"]))
 
-    def searched(self, recorded: Recorded) -> list[Trial]:
+    def _search(self) -> tuple[list[Trial], list[float]]:
         """Run the search that `tune run` runs."""
+        source = self.source
+        prompts = source.calibration[:2]
+        recorded = record(
+            source.pipe, prompts, call=source.call, small=source.small, seed=_SEARCH_SEED
+        )
+        evaluator = Evaluator(source, self.floors)
         space = Space(recorded.profile, handoff=True, trajectories=recorded.trajectories)
-        return searched(
-            settings_of(self.evaluator, recorded.profile, space),
+        trials = searched(
+            settings_of(evaluator, recorded.profile, space),
             space,
-            self.evaluator,
-            self.search_cases,
+            evaluator,
+            cases_of(source.calibration, self.sizes.search, _SEARCH_SEED),
             str(self._folder / "search.db"),
             lambda search: search.run(Budget(self.sizes.trials), self._show),
         )
+        return trials, [s.sigma for s in recorded.profile.redundancy if s.sigma is not None]
 
     def _show(self, trial: Trial, count: int) -> None:
         held = "holds" if trial.feasible else f"misses {trial.reason or trial.violation}"
-        self.say(f"trial {count} of {self.sizes.trials}: {trial.speedup:.2f}x, {held}")
+        self._say(f"trial {count} of {self.sizes.trials}: {trial.speedup:.2f}x, {held}")
 
-    def setting(self, policy: Policy) -> Setting:
-        """Return a policy as something that runs can be taken under."""
-        return Setting(policy.id[7:19], partial(self._on, policy=policy))
+    def judged(self) -> Judged:
+        """Return what judges videos; the pipeline moves to the device."""
+        return Judged(self.source, self.log, self._device, self._say)
 
-    @contextmanager
-    def _on(self, pipe: Any, policy: Policy) -> Iterator[Mapping[str, Any]]:
-        with accelerate(pipe, policy, small=self.source.small):
-            yield {}
-
-    def proved(self, name: str, policies: Sequence[Policy]) -> Policy | None:
+    def proved(self, name: str, policies: Sequence[Policy], judged: Judged) -> Policy | None:
         """Return the first of some policies that is proved to hold the floors."""
         for policy in policies:
-            values = []
-            for index, case in enumerate(self.proof, start=1):
-                self.say(f"{name}: proving {policy.id[7:19]}, video {index} of {len(self.proof)}")
-                values.append(self.runs.timed(name, self.setting(policy), case).values)
-                reason = missed(self.floors, values, final=index == len(self.proof))
+            reason = ""
+            for seen in range(_PROOF_LOOK, len(self.proof) + _PROOF_LOOK, _PROOF_LOOK):
+                values = judged.differences(policy, self.proof[:seen])
+                reason = missed(self.floors, values, final=seen >= len(self.proof))
                 if reason:
-                    self.say(f"{name}: {policy.id[7:19]} fails: {reason}")
                     break
-            else:
+            self._say(f"{name}: {name_of(policy)} {f'fails: {reason}' if reason else 'holds'}")
+            if not reason:
                 return policy
         return None
 
-    def measure(self, chosen: Mapping[str, Policy], rivals: Mapping[str, Policy]) -> None:
-        """Run what was chosen on all held-out pairs, and everything in turn on the first ones."""
-        settings = [(name, self.setting(policy)) for name, policy in chosen.items()]
-        beside = {**rivals, _SMALL: small_alone()}
-        others = [(name, self.setting(policy)) for name, policy in beside.items()]
-        timed = self.held_out[: self.sizes.timed]
-        self.runs.timed_in_turn([*settings, *others], timed, self.say)
-        for index, case in enumerate(self.held_out[len(timed) :], start=len(timed) + 1):
-            for name, setting in settings:
-                self.say(f"held-out pair {index} of {len(self.held_out)}: {name}")
-                self.runs.timed(name, setting, case)
+    def time(self, policies: Mapping[str, Policy]) -> None:
+        """Time the plain pipeline and some policies on the same cases, in an order drawn anew."""
+        evaluator = Evaluator(self.source, ())
+        for index, case in enumerate(self.timed, start=1):
+            order = [Policy(), *policies.values()]
+            random.Random(case.seed).shuffle(order)
+            self._say(f"timing held-out pair {index} of {len(self.timed)}")
+            for policy in order:
+                if self.log.find("timed", _IN_TURN, name_of(policy), case) is None:
+                    lasted = evaluator.tuned(policy, case)[1]
+                    self._keep(policy, case, lasted)
 
-    def latencies(self, name: str, policy: Policy | None) -> list[float]:
-        """Return the latencies on the pairs that were timed in turn."""
-        setting = Setting(PLAIN, _never) if policy is None else self.setting(policy)
-        timed = self.held_out[: self.sizes.timed]
-        return [self.runs.timed(name, setting, case).ms or 0.0 for case in timed]
+    def _keep(self, policy: Policy, case: Case, ms: float) -> None:
+        name = name_of(policy)
+        self.log.keep(Measurement("timed", _IN_TURN, name, case.prompt, case.seed, {}, ms=ms))
 
-
-def _never(_pipe: Any) -> Any:
-    raise AssertionError("the plain pipeline was measured already")
+    def latencies(self, policy: Policy) -> list[float]:
+        """Return the latencies on the pairs that were timed in turn, in milliseconds."""
+        found = (self.log.find("timed", _IN_TURN, name_of(policy), case) for case in self.timed)
+        return [each.ms for each in found if each is not None and each.ms is not None]
 
 
 def small_alone() -> Policy:
@@ -168,56 +190,58 @@ def small_first(sigmas: Sequence[float], steps: int) -> Policy:
     return Policy(handoff=BandedHandoff(bands=bands))
 
 
+def options(parser: argparse.ArgumentParser) -> None:
+    """Add what this benchmark alone has."""
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of the judging")
+
+
 def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
-    """Search, prove and measure on the miniature in its reference setting."""
+    """Search, prove, judge and time on the miniature in its reference setting."""
     quieten_libraries()
     folder = Path("bench-out") / ("handoff-quick" if arguments.quick else "handoff")
     folder.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    compared = Comparison(folder, _QUICK if arguments.quick else Sizes(), console.print)
-    recorded = compared.recorded()
-    trials = compared.searched(recorded)
-    ordered = [trial.policy for trial in candidates(trials, len(trials))]
-    chosen: dict[str, Policy] = {}
-    for kind in (_CACHE, _HANDOFF, _JOINT):
-        found = compared.proved(kind, [policy for policy in ordered if kind_of(policy) == kind])
-        if found is None:
-            benchmark.add(Row(f"{kind}: nothing was proved", 1.0, "x"))
-        else:
-            chosen[kind] = found
-    sigmas = [step.sigma for step in recorded.profile.redundancy if step.sigma is not None]
-    rivals = rival_policies(compared, trials, sigmas)
-    compared.measure(chosen, rivals)
+    sizes = _QUICK if arguments.quick else Sizes()
+    compared = Comparison(folder, sizes, arguments.device, console.print)
+    found = compared.found()
+    judged = compared.judged()
+    chosen = {
+        kind: policy
+        for kind in (_CACHE, _HANDOFF, _JOINT)
+        if (policy := compared.proved(kind, found.of_kind(kind), judged)) is not None
+    }
+    for policy in chosen.values():
+        judged.differences(policy, compared.held_out)
+    batches_only = arguments.device != "cpu"
+    rivals = {
+        name: policy
+        for name, policies in rival_policies(found).items()
+        if not (batches_only and any(map(decides, policies)))
+        and (policy := compared.proved(name, policies, judged)) is not None
+    }
+    if batches_only:
+        return
+    compared.time({**chosen, **rivals, _SMALL: small_alone()})
     report(benchmark, compared, chosen, rivals)
 
 
-def rival_policies(
-    compared: Comparison, trials: Sequence[Trial], sigmas: Sequence[float]
-) -> dict[str, Policy]:
-    """Return what is compared with: each the fastest of its kind that is proved.
+def rival_policies(found: Found) -> dict[str, list[Policy]]:
+    """Return what is compared with, the fastest first: each stands with the first that is proved.
 
     The switch for good and the adaptive rules are in our search too; here they stand alone.
     """
-    held = [trial.policy for trial in candidates(trials, len(trials))]
+    steps = len(found.sigmas)
+    counts = [round(steps * share) for share in _SHARES]
     switches = [
         policy
-        for policy in held
-        if policy.cache is None
-        and isinstance(policy.handoff, Handoff)
-        and policy.handoff.until is None
+        for policy in found.of_kind(_HANDOFF)
+        if isinstance(policy.handoff, Handoff) and policy.handoff.until is None
     ]
-    steps = len(sigmas)
-    shares = sorted({round(steps * share) for share in (0.8, 0.6, 0.4, 0.2, 0.1, 0.04)})
-    ladders = {
-        _FIRST: [small_first(sigmas, count) for count in reversed(shares) if 0 < count < steps],
-        "switch for good": switches,
-        **{
-            f"adaptive {delta}": [Policy(handoff=AdaptiveHandoff(delta=delta))]
-            for delta in (0.01, 0.03)
-        },
+    return {
+        _FIRST: [small_first(found.sigmas, count) for count in counts if 0 < count < steps],
+        _GOOD: switches,
+        **{f"adaptive {d}": [Policy(handoff=AdaptiveHandoff(delta=d))] for d in _DELTAS},
     }
-    found = {name: compared.proved(name, policies) for name, policies in ladders.items()}
-    return {name: policy for name, policy in found.items() if policy is not None}
 
 
 def report(
@@ -227,39 +251,48 @@ def report(
     rivals: Mapping[str, Policy],
 ) -> None:
     """Add the rows: speed and rightness of each kind, the ceiling, and the rivals."""
-    benchmark.conditions["floors"] = compared.sizes.floors
+    sizes = compared.sizes
+    benchmark.conditions["floors"] = sizes.floors
     benchmark.conditions["pairs"] = (
-        f"{len(compared.search_cases)} to search on, {len(compared.proof)} to prove on, "
-        f"{len(compared.held_out)} held-out, {compared.sizes.timed} of them timed in turn"
+        f"{sizes.search} to search on, {sizes.proof} to prove on, {sizes.held_out} held-out, "
+        f"{sizes.timed} of them timed in turn"
     )
-    plain = compared.latencies(PLAIN, None)
+    for kind in (_CACHE, _HANDOFF, _JOINT):
+        if kind not in chosen:
+            benchmark.add(Row(f"{kind}: nothing was proved", 1.0, "x", "a policy", False))
+    plain = compared.latencies(Policy())
     targets = {_HANDOFF: _ALONE, _JOINT: _BOTH}
     for name, policy in {**chosen, **rivals, _SMALL: small_alone()}.items():
-        seen = paired_speedup(plain, compared.latencies(name, policy))
+        seen = paired_speedup(plain, compared.latencies(policy))
         target = targets.get(name)
         held = None if target is None else seen.median >= target
         said = f">= {target}" if target else ""
         benchmark.add(Row(f"{name}: speedup", seen.median, "x", said, held, seen.ci95, seen.n))
         if name in chosen:
             _add_rightness(benchmark, compared, name, policy)
-    ceiling = paired_speedup(plain, compared.latencies(_SMALL, small_alone())).median
     if _HANDOFF in chosen:
-        own = compared.latencies(_HANDOFF, chosen[_HANDOFF])
-        share = paired_speedup(plain, own).median / ceiling
-        benchmark.add(Row("hand-off only / ceiling 1/r (the small model alone)", share, ""))
-        for name, policy in rivals.items():
-            lead = paired_speedup(compared.latencies(name, policy), own)
-            held = lead.ci95[1] >= 1.0
-            figure = f"hand-off only / {name}"
-            benchmark.add(Row(figure, lead.median, "x", ">= 1", held, lead.ci95, lead.n))
+        _add_lead(benchmark, compared, chosen[_HANDOFF], rivals)
+
+
+def _add_lead(
+    benchmark: Benchmark, compared: Comparison, handoff: Policy, rivals: Mapping[str, Policy]
+) -> None:
+    """Add how the hand-off stands against the ceiling and against its rivals."""
+    own, ceiling = compared.latencies(handoff), compared.latencies(small_alone())
+    share = paired_speedup(ceiling, own).median
+    benchmark.add(Row("hand-off only / ceiling 1/r (the small model alone)", share, ""))
+    for name, policy in rivals.items():
+        lead = paired_speedup(compared.latencies(policy), own)
+        held = lead.ci95[1] >= 1.0
+        figure = f"hand-off only / {name}"
+        benchmark.add(Row(figure, lead.median, "x", ">= 1", held, lead.ci95, lead.n))
 
 
 def _add_rightness(benchmark: Benchmark, compared: Comparison, name: str, policy: Policy) -> None:
     """Add the paired differences of each attribute to the large model's videos."""
-    setting = compared.setting(policy)
-    seen = [compared.runs.timed(name, setting, case).values for case in compared.held_out]
+    seen = compared.judged().differences(policy, compared.held_out)
     for attribute in _ATTRIBUTES:
-        differences = [values[f"judge_{attribute}"] for values in seen]
+        differences = [values[attribute] for values in seen]
         n, mean, low = len(seen), sum(differences) / len(seen), counts_lower_bound(differences)
         figure = f"{name}: {attribute}"
         benchmark.add(Row(figure, mean, "", f">= {_MEAN_FLOOR}", mean >= _MEAN_FLOOR, n=n))
@@ -268,4 +301,4 @@ def _add_rightness(benchmark: Benchmark, compared: Comparison, name: str, policy
 
 
 if __name__ == "__main__":
-    main("handoff", measure, __doc__ or "")
+    main("handoff", measure, __doc__ or "", options)

@@ -5,15 +5,13 @@ very prompt and seed that it is scored on, from ditune's masks, every peer's, th
 those of the prompt's own trajectory, with at least 400 videos a prompt. Forecasts run over the
 steps' numbers, the profile's arc length or the prompt's own. The oracle then spends computed steps
 where they help most: no policy that is fixed before the prompt is known can do that. Needs the
-folder of `benchmarks.peers`; takes hours, and goes on where it stopped.
+folder of `benchmarks.peers`; takes hours on a CPU, minutes on a GPU, and goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,24 +20,27 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
+from benchmarks.masked import Attempt, MaskedVideos
 from benchmarks.rows import Benchmark, Row, main
 from torch import nn
 
 from ditune.accel.anatomy import denoisers
 from ditune.accel.apply import accelerate
+from ditune.accel.payload import positions
 from ditune.accel.spans import BlockStack
-from ditune.accel.tap import tapped
 from ditune.cli.sources import quieten_libraries
-from ditune.db.comparison import Comparison
+from ditune.db.comparison import Comparison, Standing
 from ditune.db.errors import UsageFault
+from ditune.db.files import write_atomically
 from ditune.db.policy import Action, ArcLength, MaskCache, Payload, Policy
 from ditune.miniature.system import MiniatureSource
-from ditune.profiler.trajectory import Trajectory, TrajectoryRecorder
+from ditune.profiler.trajectory import Trajectory
 from ditune.profiler.work import WorkCounter
 from ditune.tuner.bench import Options, held_out_cases
 from ditune.tuner.evaluate import Case, Evaluator
 from ditune.tuner.peers import ours
 from ditune.tuner.peers.catalogue import PEERS
+from ditune.tuner.peers.contract import Setting
 from ditune.tuner.quality import parse_constraints
 from ditune.tuner.schedule import StepSchedules, arc_length_of
 
@@ -48,6 +49,8 @@ _OUT = Path("bench-out")
 _BUDGETS = range(6, 17)
 _NEAR_DB = 4.0  # budgets whose best mask lies this near to a floor are searched
 _TARGET = 0.85
+_OFF_DB = 0.05  # between a video made here and the pipeline's
+_ROUND = 20  # masks of each prompt whose videos are made together
 _EARLY = (5.0, 1.0, 20.0)
 _OTHER_AXIS = 0.2  # how often a change of a mask also changes what its forecasts run over
 Steps = tuple[int, ...]  # the computed ones, in order
@@ -80,37 +83,49 @@ class Frontier:
 class Oracle:
     """Searches the masks of one prompt; what it found is in a file of its own."""
 
-    def __init__(
-        self, source: MiniatureSource, case: Case, folder: Path, axes: Mapping[Axis, ArcLength]
-    ) -> None:
+    def __init__(self, case: Case, folder: Path, axes: Mapping[Axis, ArcLength | None]) -> None:
         """Take up what the file holds."""
         self.case = case
-        self.axes = axes
-        self.steps = int(source.call["num_inference_steps"])
         self.frontier = Frontier()
-        self._evaluator = Evaluator(source, parse_constraints("psnr>=0"))
+        steps = next(len(arc) for arc in axes.values() if arc is not None)
+        self._positions = {axis: tuple(positions(arc, steps)) for axis, arc in axes.items()}
+        self._steps = steps
+        self._source = random.Random(case.seed)
         self._log = folder / f"{case.seed}.jsonl"
         for line in self._log.read_text().splitlines() if self._log.exists() else ():
             found = json.loads(line)
-            mask = Mask(tuple(found["computed"]), found.get("axis", "numbers"))
+            mask = Mask(tuple(found["computed"]), found["axis"])
             self.frontier.tried[mask] = found["psnr"]
 
-    def search(self, starts: Iterable[Mask], floors: Sequence[float]) -> None:
-        """Spend the evaluations of the prompt: the starts first, then changes of the best masks."""
-        for mask in starts:
-            self._try(mask)
-        source = random.Random(self.case.seed)
-        while len(self.frontier.tried) < _EVALUATIONS:
-            best = self.frontier.best()
-            near = [
-                k for k, (psnr, _) in best.items() if min(abs(psnr - f) for f in floors) < _NEAR_DB
-            ]
-            self._try(self._changed(best, source.choice(near or list(best)), source))
+    def fresh(self, starts: Iterable[Mask]) -> list[Mask]:
+        """Return what was not tried yet, once each; the first step is always computed."""
+        known = self.frontier.tried
+        return [m for m in dict.fromkeys(starts) if m not in known and m.computed[:1] == (0,)]
 
-    def _changed(
-        self, best: dict[int, tuple[float, Mask]], count: int, source: random.Random
-    ) -> Mask:
+    def changed(self, count: int, floors: Sequence[float]) -> list[Mask]:
+        """Return new changes of the best masks near the floors."""
+        best = self.frontier.best()
+        near = [k for k, (psnr, _) in best.items() if min(abs(psnr - f) for f in floors) < _NEAR_DB]
+        found: dict[Mask, None] = {}
+        while len(found) < count:
+            mask = self._neighbour(best, self._source.choice(near or list(best)))
+            found |= dict.fromkeys(self.fresh([mask]))
+        return list(found)
+
+    def attempt(self, case: int, mask: Mask) -> Attempt:
+        """Return a mask of this prompt as a video to make."""
+        return Attempt(case, mask.computed, self._positions[mask.axis])
+
+    def keep(self, mask: Mask, psnr: float) -> None:
+        """Remember what a mask gave."""
+        self.frontier.tried[mask] = psnr
+        line = {"prompt": self.case.prompt, **mask._asdict(), "psnr": psnr}
+        with self._log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _neighbour(self, best: dict[int, tuple[float, Mask]], count: int) -> Mask:
         """Return a neighbour: of the best mask of a count, or of one that computes a step more."""
+        source = self._source
         larger = best.get(count + 1)
         if larger is not None and source.random() < 0.3:
             steps, axis = larger[1]
@@ -119,62 +134,18 @@ class Oracle:
         steps, axis = best[count][1]
         if source.random() < _OTHER_AXIS:
             axis = source.choice(get_args(Axis))
-        return Mask(self._moved(steps, source), axis)
+        return Mask(self._moved(steps), axis)
 
-    def _moved(self, steps: Steps, source: random.Random) -> Steps:
+    def _moved(self, steps: Steps) -> Steps:
         """Return steps of which one or two lie elsewhere, mostly near by."""
+        source = self._source
         computed = set(steps)
         for _ in range(1 if source.random() < 0.7 else 2):
             moved = source.choice(sorted(computed - {0}))
-            free = [s for s in range(1, self.steps) if s not in computed]
+            free = [s for s in range(1, self._steps) if s not in computed]
             near = [s for s in free if abs(s - moved) <= 3]
             computed = (computed - {moved}) | {source.choice(near or free)}
         return tuple(sorted(computed))
-
-    def _try(self, mask: Mask) -> None:
-        if mask in self.frontier.tried or mask.computed[:1] != (0,):
-            return
-        tried = policy(mask.computed, self.steps, self.axes.get(mask.axis))
-        psnr = self._evaluator.measure(tried, self.case, paired=False).values["psnr"]
-        self.frontier.tried[mask] = psnr
-        line = {"prompt": self.case.prompt, **mask._asdict(), "psnr": psnr}
-        with self._log.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker needs to search one prompt."""
-
-    case: Case
-    folder: Path
-    arc_length: ArcLength  # of the profile
-    planned: tuple[Steps, ...]
-    floors: tuple[float, ...]
-    comparison: Comparison | None
-
-
-def searched(job: Job) -> dict[int, tuple[float, Mask]]:
-    """Search one prompt; return quality and mask by number of computed steps."""
-    quieten_libraries()
-    source = MiniatureSource()
-    own = _trajectories(source, job.case)
-    axes: dict[Axis, ArcLength] = {"profile": job.arc_length, "own": _arc_length(own)}
-    starts = [Mask(steps, "profile") for steps in job.planned]
-    starts += [Mask(steps, "own") for steps in _planned(own, axes["own"])]
-    if job.comparison is not None:
-        found = _of_standings(source, job.comparison, job.folder, job.case)
-        starts += [Mask(steps, axis) for steps in found for axis in get_args(Axis)]
-    oracle = Oracle(source, job.case, _logs(job.folder), axes)
-    oracle.search(starts, job.floors)
-    print(f"{job.case.prompt}: {len(oracle.frontier.tried)} masks", flush=True)
-    return oracle.frontier.best()
-
-
-def _logs(folder: Path) -> Path:
-    found = folder / "oracle"
-    found.mkdir(parents=True, exist_ok=True)
-    return found
 
 
 def policy(computed: Steps, steps: int, arc_length: ArcLength | None = None) -> Policy:
@@ -202,6 +173,14 @@ def realised(pipe: Any, run: Callable[[], object], steps: int) -> Steps:
     return tuple(sorted(step for step in seen if step < steps))
 
 
+def options(parser: argparse.ArgumentParser) -> None:
+    """Add what this benchmark alone has."""
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of the search")
+    parser.add_argument(
+        "--stop-before-search", action="store_true", help="only note what the peers compute"
+    )
+
+
 def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
     """Search every prompt, then compare what the oracle computes with what ditune computes."""
     quieten_libraries()
@@ -210,21 +189,33 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
     if not path.exists():
         raise UsageFault(f"there is no {path}: run python -m benchmarks.peers first")
     comparison = Comparison.model_validate_json(path.read_text())
-    benchmark.conditions["evaluations"] = f"at least {_EVALUATIONS} a prompt"
     source = MiniatureSource()
     cases = held_out_cases(source, Options())[: 1 if arguments.quick else _PROMPTS]
+    logs = folder / "oracle"
+    logs.mkdir(exist_ok=True)
+    standing = Realised(source, comparison, logs / "realised.json")
+    rivals = [standing.masks(case) for case in cases]
+    if arguments.stop_before_search:
+        return
     floors = tuple(lead.floors[0].floor for lead in comparison.leads)
-    frontiers = search(source, cases, folder, floors, comparison)
+    trajectories = ours.profiled(source).trajectories
     fixed, each = _work(source, cases[0])
-    steps = int(source.call["num_inference_steps"])
+    known = Mask(_planned(trajectories, None)[-1], "numbers")
+    by_pipeline = _psnr(source, cases[0], known.computed)
+    videos = MaskedVideos(source, cases, arguments.device)
+    oracles = search(videos, logs, trajectories, rivals, floors)
+    benchmark.conditions["device of the search"] = arguments.device
+    benchmark.conditions["evaluations"] = f"at least {_EVALUATIONS} a prompt"
+    off = abs(videos.psnr([oracles[0].attempt(0, known)])[0] - by_pipeline)
+    benchmark.add(Row("PSNR, off the pipeline's", off, "dB", f"<= {_OFF_DB}", off <= _OFF_DB))
+    frontiers = [oracle.frontier.best() for oracle in oracles]
     for lead in comparison.leads:
-        mean, worst = lead.floors[0].floor, lead.floors[1].floor
-        counts = allocated(frontiers, mean, worst)
-        work = (fixed + steps * each) / (fixed + float(np.mean(counts)) * each)
         own = next(
             s for s in comparison.standings if s.peer == ours.NAME and s.floors == lead.floors
         )
-        name = f"{mean:g} dB"
+        counts = allocated(frontiers, lead.floors[0].floor, lead.floors[1].floor)
+        work = (fixed + videos.steps * each) / (fixed + float(np.mean(counts)) * each)
+        name = f"{lead.floors[0].floor:g} dB"
         benchmark.add(Row(f"{name}: oracle, computed steps", float(np.mean(counts)), "steps"))
         benchmark.add(Row(f"{name}: oracle, work ratio", work, "x", n=len(cases)))
         share = own.work_ratio.median / work
@@ -233,33 +224,95 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
 
 
 def search(
-    source: MiniatureSource,
-    cases: Sequence[Case],
-    folder: Path,
-    floors: tuple[float, ...],
-    comparison: Comparison | None = None,
-) -> list[dict[int, tuple[float, Mask]]]:
-    """Search all prompts, on as many cores as there are; a mask is evaluated on one thread."""
-    trajectories = ours.profiled(source).trajectories
-    arc = _arc_length(trajectories)
-    planned = tuple(_planned(trajectories, arc))
-    jobs = [Job(case, folder, arc, planned, floors, comparison) for case in cases]
-    workers = min(len(os.sched_getaffinity(0)), len(jobs))
-    spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(workers, torch.set_num_threads, (1,)) as pool:
-        return pool.map(searched, jobs, chunksize=1)
+    videos: MaskedVideos,
+    logs: Path,
+    profile: Sequence[Trajectory],
+    rivals: Sequence[Sequence[Steps]],
+    floors: Sequence[float],
+) -> list[Oracle]:
+    """Search all prompts side by side: what is planned and rivals compute, then changes of it."""
+    arc = _arc_length(profile)
+    planned = [Mask(steps, "profile") for steps in _planned(profile, arc)]
+    oracles, first = [], []
+    for index, case in enumerate(videos.cases):
+        own = [videos.trajectory(index)]
+        axes: dict[Axis, ArcLength | None]
+        axes = {"numbers": None, "profile": arc, "own": _arc_length(own)}
+        oracles.append(Oracle(case, logs, axes))
+        starts = [*planned, *(Mask(steps, "own") for steps in _planned(own, axes["own"]))]
+        starts += [Mask(steps, axis) for steps in rivals[index] for axis in get_args(Axis)]
+        first.append(oracles[-1].fresh(starts))
+    for place in range(0, max(map(len, first)), _ROUND):
+        _evaluate(videos, oracles, [masks[place : place + _ROUND] for masks in first])
+    while left := [max(0, _EVALUATIONS - len(oracle.frontier.tried)) for oracle in oracles]:
+        if not any(left):
+            break
+        rounds = [
+            oracle.changed(min(_ROUND, more), floors)
+            for oracle, more in zip(oracles, left, strict=True)
+        ]
+        _evaluate(videos, oracles, rounds)
+    return oracles
 
 
-def _trajectories(source: MiniatureSource, case: Case) -> tuple[Trajectory, ...]:
-    """Return the plain trajectory of a case."""
-    recorder = TrajectoryRecorder(float(source.call["guidance_scale"]))
-    with tapped(source.pipe, recorder.watch):
-        generator = torch.Generator().manual_seed(case.seed)
-        source.pipe(prompt=case.prompt, generator=generator, **source.call)
-    return recorder.trajectories()
+def _evaluate(
+    videos: MaskedVideos, oracles: Sequence[Oracle], masks: Sequence[Sequence[Mask]]
+) -> None:
+    """Make the videos of some masks of each prompt, and keep what they give."""
+    asked = [(index, mask) for index, each in enumerate(masks) for mask in each]
+    if not asked:
+        return
+    found = videos.psnr([oracles[index].attempt(index, mask) for index, mask in asked])
+    for (index, mask), psnr in zip(asked, found, strict=True):
+        oracles[index].keep(mask, psnr)
+    print(f"masks of each prompt: {min(len(o.frontier.tried) for o in oracles)}", flush=True)
 
 
-def _planned(trajectories: Sequence[Trajectory], arc: ArcLength) -> list[Steps]:
+class Realised:
+    """Which steps everything that stood in the comparison computes on a prompt, kept in a file."""
+
+    def __init__(self, source: MiniatureSource, comparison: Comparison, path: Path) -> None:
+        """Take up what the file holds."""
+        self._source = source
+        self._standings = {
+            (standing.peer, standing.setting): standing
+            for standing in comparison.standings
+            if standing.setting and standing.peer != "fewer steps"  # those are other steps
+        }
+        self._path = path
+        self._known: dict[str, list[int]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def masks(self, case: Case) -> list[Steps]:
+        """Return the computed steps of every standing on one case."""
+        found = dict.fromkeys(self._one(case, s) for s in self._standings.values())
+        return list(found)
+
+    def _one(self, case: Case, standing: Standing) -> Steps:
+        key = f"{case.seed}: {standing.peer}, {standing.setting}"
+        if key not in self._known:
+            if standing.policy is not None:
+                setting = ours.setting_of(standing.policy)
+            else:
+                settings = PEERS[standing.peer](self._source)
+                setting = next(s for s in settings if s.label == standing.setting)
+            self._known[key] = list(self._run(case, setting))
+            write_atomically(self._path, json.dumps(self._known, indent=0).encode())
+        return tuple(self._known[key])
+
+    def _run(self, case: Case, setting: Setting) -> Steps:
+        source = self._source
+
+        def run() -> object:
+            generator = torch.Generator().manual_seed(case.seed)
+            return source.pipe(
+                prompt=case.prompt, generator=generator, output_type="latent", **source.call
+            )
+
+        with setting.on(source.pipe):
+            return realised(source.pipe, run, int(source.call["num_inference_steps"]))
+
+
+def _planned(trajectories: Sequence[Trajectory], arc: ArcLength | None) -> list[Steps]:
     """Return the masks of some trajectories, for every budget and several weights of errors."""
     schedules = StepSchedules(trajectories, arc)
     return [tuple(schedules.computed(budget, early)) for budget in _BUDGETS for early in _EARLY]
@@ -271,28 +324,11 @@ def _arc_length(trajectories: Sequence[Trajectory]) -> ArcLength:
     return found
 
 
-def _of_standings(
-    source: MiniatureSource, comparison: Comparison, folder: Path, case: Case
-) -> list[Steps]:
-    """Return the masks of everything that stood in the comparison, as they come out here."""
-    steps = int(source.call["num_inference_steps"])
-    found: list[Steps] = []
-    for standing in comparison.standings:
-        if standing.setting is None or standing.peer == "fewer steps":
-            continue  # fewer steps are other steps, not some of these
-        if standing.peer == ours.NAME:
-            setting = ours.setting_of(ours.policy_of(standing.setting, folder))
-        else:
-            settings = PEERS[standing.peer](source)
-            setting = next(s for s in settings if s.label == standing.setting)
-        with setting.on(source.pipe):
-
-            def run() -> object:
-                generator = torch.Generator().manual_seed(case.seed)
-                return source.pipe(prompt=case.prompt, generator=generator, **source.call)
-
-            found.append(realised(source.pipe, run, steps))
-    return found
+def _psnr(source: MiniatureSource, case: Case, computed: Steps) -> float:
+    """Return what the pipeline gives under a mask."""
+    tried = policy(computed, int(source.call["num_inference_steps"]))
+    evaluator = Evaluator(source, parse_constraints("psnr>=0"))
+    return evaluator.measure(tried, case, paired=False).values["psnr"]
 
 
 def _work(source: MiniatureSource, case: Case) -> tuple[float, float]:
@@ -344,4 +380,4 @@ def allocated(
 
 
 if __name__ == "__main__":
-    main("oracle", measure, __doc__ or "")
+    main("oracle", measure, __doc__ or "", options)

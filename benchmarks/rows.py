@@ -102,11 +102,17 @@ def conditions() -> dict[str, str]:
     }
 
 
-def main(name: str, measure: Callable[[Benchmark, argparse.Namespace], None], about: str) -> None:
-    """Parse the two options that all benchmarks have, run one, and report."""
+def main(
+    name: str,
+    measure: Callable[[Benchmark, argparse.Namespace], None],
+    about: str,
+    options: Callable[[argparse.ArgumentParser], None] = lambda _: None,
+) -> None:
+    """Parse the two options that all benchmarks have and those of its own, run one, and report."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--quick", action="store_true", help="a smaller run: figures are rough")
+    options(parser)
     arguments = parser.parse_args()
     benchmark = Benchmark(name, conditions=conditions())
     measure(benchmark, arguments)

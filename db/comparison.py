@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from ditune.db.policy import Policy
 from ditune.db.record import Count, Name, Positive, Record, Status, Timestamp
 from ditune.db.records import Constraint, Hardware, Interval, Quality, Software, Workload
 
@@ -25,12 +26,14 @@ class Contender(Record):
 class Standing(Record):
     """The fastest setting of one peer that was proved to hold some floors, on held-out prompts.
 
-    Without such a setting a peer stands at 1.0, and `reason` says why.
+    Without such a setting a peer stands at 1.0, and `reason` says why. What is ours has its policy
+    beside the setting's name.
     """
 
     peer: Name
     floors: tuple[Constraint, ...]
     setting: str | None
+    policy: Policy | None = None
     reason: str
     work_ratio: Interval
     speedup: Interval  # plain latency / latency, interleaved

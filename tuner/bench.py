@@ -307,6 +307,7 @@ class Bench:
             peer=name,
             floors=floors,
             setting=choice.setting.label,
+            policy=choice.setting.policy,
             reason="",
             work_ratio=paired_speedup([self._plain_flops()] * len(flops), flops),
             speedup=paired_speedup([m.ms or 0 for m in plain], [m.ms or 0 for m in found]),

@@ -12,7 +12,6 @@ from ditune.profiler.work import WorkCounter
 from ditune.tuner.evaluate import Case, Evaluator
 from ditune.tuner.measurements import Kind, Measurement, Measurements
 from ditune.tuner.peers.contract import Setting
-from ditune.tuner.quality import values_of
 
 PLAIN = "plain"
 
@@ -76,7 +75,7 @@ class Runs:
     def _one(self, kind: Kind, peer: str, setting: Setting, case: Case) -> Measurement:
         def take() -> Measurement:
             evaluator = self._evaluator
-            plain = evaluator.plain(case)
+            evaluator.plain(case)  # before the peer is on
             flops, lasted = None, None
             with foreign(peer), setting.on(evaluator.source.pipe) as changes:
                 if kind == "counted":
@@ -85,7 +84,7 @@ class Runs:
                     flops = counter.flops
                 else:
                     video, lasted = evaluator.generate(case, changes)
-            values = values_of(evaluator.constraints, video, plain, case.prompt)
+            values = evaluator.values(video, case)
             return Measurement(
                 kind, peer, setting.label, case.prompt, case.seed, values, flops, lasted
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -55,6 +56,7 @@ class Evaluator:
         self.constraints = tuple(constraints)
         self.device = next(denoisers(source.pipe)[0].parameters()).device
         self._plain: dict[Case, np.ndarray] = {}
+        self._plain_scores: defaultdict[Case, dict[str, float]] = defaultdict(dict)
         self._flip = False
         self._reference = plain or self
 
@@ -74,8 +76,14 @@ class Evaluator:
 
     def plain_values(self, case: Case) -> dict[str, float]:
         """Return what each metric gives the plain video against itself."""
-        plain = self.plain(case)
-        return values_of(self.constraints, plain, plain, case.prompt)
+        return self.values(self.plain(case), case)
+
+    def values(self, video: np.ndarray, case: Case) -> dict[str, float]:
+        """Return what each metric gives a video against the plain one of its case."""
+        reference = self._reference
+        plain = reference.plain(case)
+        known = reference._plain_scores[case]
+        return values_of(self.constraints, video, plain, case.prompt, known)
 
     def tuned(self, policy: Policy, case: Case) -> tuple[np.ndarray, float, Summary]:
         """Return the video under a policy, its latency in milliseconds, and what the policy did."""
@@ -95,8 +103,7 @@ class Evaluator:
         video, tuned_ms, summary = self.tuned(policy, case)
         if paired and not self._flip:
             baseline_ms = self._reference.baseline_ms(case)
-        values = values_of(self.constraints, video, self._reference.plain(case), case.prompt)
-        return Outcome(case, values, tuned_ms, baseline_ms, summary)
+        return Outcome(case, self.values(video, case), tuned_ms, baseline_ms, summary)
 
     def run(
         self,

@@ -11,12 +11,15 @@ from typing import Literal
 from ditune.db.errors import CorruptData
 from ditune.tuner.evaluate import Case
 
-Kind = Literal["counted", "timed"]
+Kind = Literal["counted", "timed", "judged"]
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One generation under one setting; "counted" ones have `flops`, "timed" ones `ms`."""
+    """One generation under one setting; "counted" ones have `flops`, "timed" ones `ms`.
+
+    "judged" ones have neither: they were made many at once, or on another machine.
+    """
 
     kind: Kind
     peer: str
@@ -63,10 +66,19 @@ class Measurements:
         self, kind: Kind, peer: str, setting: str, case: Case, take: Callable[[], Measurement]
     ) -> Measurement:
         """Return a measurement, taking and keeping it if it is not there yet."""
-        key = (kind, peer, setting, case.prompt, case.seed)
-        if key not in self._known:
-            found = take()
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(found)) + "\n")
-            self._known[key] = found
-        return self._known[key]
+        known = self.find(kind, peer, setting, case)
+        if known is not None:
+            return known
+        found = take()
+        self.keep(found)
+        return found
+
+    def find(self, kind: Kind, peer: str, setting: str, case: Case) -> Measurement | None:
+        """Return a measurement, None if it was not taken yet."""
+        return self._known.get((kind, peer, setting, case.prompt, case.seed))
+
+    def keep(self, found: Measurement) -> None:
+        """Add a measurement that is not there yet."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(found)) + "\n")
+        self._known[found.key] = found

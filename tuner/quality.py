@@ -136,16 +136,32 @@ def needs_reference(constraints: Iterable[Constraint]) -> bool:
 
 
 def values_of(
-    constraints: Iterable[Constraint], video: np.ndarray, plain: np.ndarray, prompt: str
+    constraints: Iterable[Constraint],
+    video: np.ndarray,
+    plain: np.ndarray,
+    prompt: str,
+    plain_scores: dict[str, float] | None = None,
 ) -> dict[str, float]:
-    """Return each constrained metric's value for one video."""
+    """Return each constrained metric's value for one video.
+
+    Args:
+        constraints: They name the metrics.
+        video: The video to judge.
+        plain: That of the plain pipeline.
+        prompt: Of both.
+        plain_scores: What metrics without a reference gave the plain video before; what is missing
+            is scored and added.
+    """
+    known = {} if plain_scores is None else plain_scores
     values = {}
     for name in dict.fromkeys(c.metric for c in constraints):
         metric = metrics()[name]
         if metric.needs_reference:
             values[name] = metric.score(video, plain, prompt)
-        else:
-            values[name] = metric.score(video, None, prompt) - metric.score(plain, None, prompt)
+            continue
+        if name not in known:
+            known[name] = metric.score(plain, None, prompt)
+        values[name] = metric.score(video, None, prompt) - known[name]
     return values
 
 

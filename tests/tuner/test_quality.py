@@ -75,3 +75,26 @@ def test_each_metric_is_scored_once() -> None:
     assert {"psnr"} == values_of(
         parse_constraints("psnr>=1,psnr_worst>=1"), plain, plain, ""
     ).keys()
+
+
+def test_the_plain_video_is_scored_once_by_metrics_without_a_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[float] = []
+
+    class Brightness:
+        name, needs_reference = "brightness", False
+
+        def score(self, video: np.ndarray, reference: np.ndarray | None, prompt: str) -> float:
+            asked.append(float(video.mean()))
+            return asked[-1]
+
+    metric = {"brightness": Brightness()}
+    monkeypatch.setattr("ditune.tuner.quality.metrics", lambda: metric)
+    floors = parse_constraints("brightness>=-1")
+    dark, light = np.zeros((1, 2, 2, 3)), np.ones((1, 2, 2, 3))
+    kept: dict[str, float] = {}
+    for video, expected in ((light, 1.0), (dark, 0.0)):
+        assert values_of(floors, video, dark, "", kept) == {"brightness": expected}
+    assert asked == [0.0, 1.0, 0.0]
+    assert kept == {"brightness": 0.0}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ditune.accel.anatomy import denoisers
+from ditune.db.policy import Policy
 
 On = Callable[[Any], AbstractContextManager[Mapping[str, Any]]]
 
@@ -20,10 +21,12 @@ class Setting:
         label: Its knobs as a table shows them; unique within the peer.
         on: Puts it on a pipeline for the duration of a `with`, which gives the arguments of the
             pipeline that it changes; afterwards the pipeline is what it was.
+        policy: What it is as a policy of ours, None where it is not one.
     """
 
     label: str
     on: On = field(compare=False, repr=False)
+    policy: Policy | None = field(default=None, compare=False, repr=False)
 
 
 @contextmanager

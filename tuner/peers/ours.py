@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ditune.accel.apply import accelerate
-from ditune.db.errors import UsageFault
 from ditune.db.policy import Policy
 from ditune.db.records import Trial
-from ditune.db.store import Store
 from ditune.profiler.record import Recorded, record
 from ditune.tuner.evaluate import Case, Evaluator
 from ditune.tuner.peers.contract import Setting
@@ -62,23 +60,9 @@ def fastest(
     return [setting_of(trial.policy) for trial in candidates(trials, budget.trials)]
 
 
-def policy_of(setting: str, folder: Path) -> Policy:
-    """Return the policy that a setting of ours stands for, from the folder of its search.
-
-    Raises:
-        UsageFault: The folder holds no such policy.
-    """
-    with Store.open(str(folder / _SEARCHES)) as store:
-        trials = [trial for study in store.studies() for trial in store.trials(study.name)]
-    for trial in trials:
-        if setting_of(trial.policy).label == setting:
-            return trial.policy
-    raise UsageFault(f"{folder} holds no policy {setting}: give the folder of the comparison")
-
-
 def setting_of(policy: Policy) -> Setting:
     """Return a policy of ours as one of the settings that are compared."""
-    return Setting(policy.id[7:19], partial(_on, policy=policy))
+    return Setting(policy.id[7:19], partial(_on, policy=policy), policy)
 
 
 @contextmanager
