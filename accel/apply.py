@@ -113,8 +113,8 @@ class Applied:
         self._matches: dict[Request, Match] = {}
         self._warned: set[str] = set()
         self._models: list[nn.Module] = []
+        require_movable(denoisers(pipe), offload)
         for model in denoisers(pipe):
-            require_movable(model, offload)
             self._stack(model)  # refuses models without one before anything is attached
         for model in denoisers(pipe):
             attach(model, _Hook(self))
@@ -237,11 +237,11 @@ class Applied:
         if episode.policy is None:
             self._warn(f"running without a policy: {episode.reason}")
         elif episode.policy.handoff is not None and self._residence is None:
-            self._residence = self._moved(model, latents.device)
+            self._residence = self._moved(latents.device)
         return episode
 
-    def _moved(self, large: nn.Module, device: torch.device) -> Residence | None:
-        """Return what moves the two models, None where both stay."""
+    def _moved(self, device: torch.device) -> Residence | None:
+        """Return what moves the models, None where all stay."""
         if self._small is None:
             return None
         if self._offload == "none":
@@ -250,7 +250,7 @@ class Applied:
         if device.type == "cpu":
             self._warn(f"offload={self._offload!r} moves nothing: the pipeline runs on the CPU")
             return None
-        return Residence(large, self._small.model, self._offload, device)
+        return Residence(self._models, self._small.model, self._offload, device)
 
     def _peak_weight_bytes(self) -> int:
         if self._residence is not None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ditune.db.policy import Indicator
 
+_TINY = 1e-6  # of a signal in pure noise
 POWER = 3.0  # how steeply the spectrum of clean video falls: SeaCache's value
 Measure = Callable[[Tensor, float | None, Tensor | None], Tensor | None]
 
@@ -55,18 +56,19 @@ def clean_part(latents: Tensor, sigma: float) -> Tensor:
         sigma: Noise level of flow matching, 0 to 1; others are mapped to it.
     """
     noise = sigma if sigma <= 1.0 else sigma / (1.0 + sigma)
-    prior = _prior(latents.shape[-2], latents.shape[-1], latents.device)
-    power = (1.0 - noise) ** 2 * prior
-    gain = power / (power + noise**2 + torch.finfo(torch.float32).tiny)
-    clean: Tensor = torch.fft.ifft2(torch.fft.fft2(latents.float()) * gain).real
+    height, width = latents.shape[-2:]
+    prior = _prior(height, width, latents.device)
+    gain = prior / (prior + (noise / max(1.0 - noise, _TINY)) ** 2)
+    spectrum = torch.fft.rfft2(latents.float()) * gain
+    clean: Tensor = torch.fft.irfft2(spectrum, s=(height, width))
     return clean
 
 
 @lru_cache(maxsize=8)
 def _prior(height: int, width: int, device: torch.device) -> Tensor:
-    """Return the power of clean video at every frequency [height, width], 1 at the lowest."""
+    """Return the power of clean video at the frequencies of a real signal, 1 at the lowest."""
     rows = torch.fft.fftfreq(height, device=device)[:, None]
-    columns = torch.fft.fftfreq(width, device=device)[None, :]
+    columns = torch.fft.rfftfreq(width, device=device)[None, :]
     lowest = 1.0 / max(height, width)
     radius = (rows.square() + columns.square()).sqrt().clamp_min(lowest) / lowest
     prior: Tensor = radius**-POWER

@@ -6,7 +6,7 @@ copy there, without a transfer, and comes back with one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -72,20 +72,24 @@ class Residence:
     """Moves the weights of a large and a small model as the hand-off needs them."""
 
     def __init__(
-        self, large: nn.Module, small: nn.Module, offload: Offload, device: torch.device
+        self,
+        large: Sequence[nn.Module],
+        small: nn.Module,
+        offload: Offload,
+        device: torch.device,
     ) -> None:
         """Make the small model leave the device until it is needed.
 
         Args:
-            large: On the device.
+            large: The pipeline's own, on the device; of two experts, none ever leaves.
             small: There or on the host.
             offload: "lazy" or "swap"; see `peak_weight_bytes`.
             device: Where calls run.
         """
         self._swaps = offload == "swap"
         self._small = Weights(small, device)
-        self._large = Weights(large, device) if self._swaps else None
-        self._large_bytes = weight_bytes(large)
+        self._large = Weights(large[0], device) if self._swaps else None
+        self._large_bytes = sum(map(weight_bytes, large))
         self.peak_bytes = 0
         self.leave()
 
@@ -109,15 +113,20 @@ class Residence:
         self.peak_bytes = max(self.peak_bytes, large + self._small.device_bytes)
 
 
-def require_movable(model: nn.Module, offload: Offload) -> None:
-    """Refuse to move weights that something else moves.
+def require_movable(models: Sequence[nn.Module], offload: Offload) -> None:
+    """Refuse to move the weights of a pipeline's denoisers where that cannot go well.
 
     Raises:
-        UsageFault: The mode is unknown, or the model carries an offloading hook.
+        UsageFault: The mode is unknown, something else moves the weights, or there are two experts.
     """
     if offload not in OFFLOADS:
         raise UsageFault(f"offload is one of {', '.join(OFFLOADS)}, not {offload!r}")
-    if offload == "swap" and getattr(model, "_hf_hook", None) is not None:
+    if offload == "swap" and len(models) > 1:
+        raise UsageFault(
+            f'offload="swap" moves one large model and this pipeline has {len(models)}: '
+            'use offload="lazy"'
+        )
+    if offload == "swap" and any(getattr(model, "_hf_hook", None) for model in models):
         raise UsageFault(
             'the pipeline moves its models by itself (enable_model_cpu_offload): use offload="lazy"'
         )

@@ -26,6 +26,14 @@ class ClipScore:
     name = "clip"
     needs_reference = False
 
+    def prepare(self) -> None:
+        """Load the model.
+
+        Raises:
+            UsageFault: The variable is not set, or the folder holds no CLIP model.
+        """
+        _ = self._loaded
+
     def score(self, video: np.ndarray, reference: np.ndarray | None, prompt: str) -> float:
         """Return the score of a video [frames, height, width, 3] in [0, 1].
 

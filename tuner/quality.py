@@ -38,7 +38,8 @@ class Metric(Protocol):
 
     Register a class under the entry-point group `ditune.metrics` to add one; it is made once,
     without arguments. Where scores only tell right (1) from wrong (0), give the class `counts =
-    True`: a handful of prompts without a difference then proves less than it seems to.
+    True`: a handful of prompts without a difference then proves less than it seems to. A method
+    `prepare()` is called before anything is generated: what cannot work says so there.
     """
 
     name: str
@@ -163,6 +164,16 @@ def values_of(
             known[name] = metric.score(plain, None, prompt)
         values[name] = metric.score(video, None, prompt) - known[name]
     return values
+
+
+def prepare(constraints: Iterable[Constraint]) -> None:
+    """Let metrics load what they need, before anything is generated.
+
+    Raises:
+        UsageFault: One of them cannot be used here.
+    """
+    for name in dict.fromkeys(c.metric for c in constraints):
+        getattr(metrics()[name], "prepare", lambda: None)()
 
 
 def counts(constraint: Constraint) -> bool:

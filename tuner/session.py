@@ -21,7 +21,13 @@ from ditune.profiler.record import Recorded, record
 from ditune.tuner.confirm import Confirmation, confirm
 from ditune.tuner.evaluate import Case, Evaluator, cases_of
 from ditune.tuner.fewer_steps import FewestSteps, fewest_steps
-from ditune.tuner.quality import cases_needed, counts, needs_reference, parse_constraints
+from ditune.tuner.quality import (
+    cases_needed,
+    counts,
+    needs_reference,
+    parse_constraints,
+    prepare,
+)
 from ditune.tuner.search import Budget, Search, candidates, now
 from ditune.tuner.source import FolderSource, Source, prompts_digest
 from ditune.tuner.space import Space
@@ -106,13 +112,14 @@ class Session:
         """Check the options before anything runs.
 
         Raises:
-            UsageFault: The quality floors are malformed or name an unknown metric.
+            UsageFault: The quality floors are malformed, or name a metric that cannot be used.
         """
         self.source = source
         self.store = store
         self.options = options
         self.progress = progress or Quiet()
         self.constraints = parse_constraints(options.quality or source.quality)
+        prepare(self.constraints)
         self.evaluator = Evaluator(source, self.constraints)
         self.notes: list[str] = []
         self.study_name: str | None = None

@@ -134,3 +134,5 @@ def test_the_filter_takes_noise_off_and_keeps_structure() -> None:
     assert float(clean_part(noise, 0.9).std()) < 0.2
     torch.testing.assert_close(clean_part(flat, 0.5), flat * 0.5)
     torch.testing.assert_close(clean_part(noise, 0.0), noise, atol=1e-4, rtol=1e-4)
+    assert torch.equal(clean_part(noise, 1.0).round(decimals=4), torch.zeros_like(noise))
+    assert clean_part(noise[..., :15], 0.5).shape == (1, 16, 15)

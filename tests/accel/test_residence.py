@@ -43,13 +43,28 @@ def counted(*models: nn.Module, host: set[int]) -> int:
     return sum(size for place, size in found.items() if place not in host)
 
 
+def experts(pipe: WanPipeline) -> WanPipeline:
+    """Return a pipeline whose second expert takes the last half of the steps."""
+    two = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=pipe.scheduler,
+        transformer=pipe.transformer,
+        transformer_2=wan_transformer(seed=2),
+        boundary_ratio=0.5,
+    )
+    two.set_progress_bar_config(disable=True)
+    return two
+
+
 @pytest.fixture
 def movable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let weights be moved though host and device are the same: copies count as the device."""
 
-    def moved(self: Applied, large: nn.Module, device: torch.device) -> Residence:
+    def moved(self: Applied, device: torch.device) -> Residence:
         assert self._small is not None
-        return Residence(large, self._small.model, self._offload, device)
+        return Residence(self._models, self._small.model, self._offload, device)
 
     monkeypatch.setattr(Applied, "_moved", moved)
 
@@ -104,6 +119,15 @@ def _handed(pipe: WanPipeline, policy: Policy, small: nn.Module, generate: Gener
 
 
 @pytest.mark.usefixtures("movable")
+def test_both_experts_count(pipe: WanPipeline, generate: Generate) -> None:
+    two, small = experts(pipe), wan_transformer(layers=2)
+    with accelerate(two, handoff(pipe), small=small, offload="lazy") as applied:
+        generate(two)
+        peak = applied.summary().peak_weight_bytes
+    assert peak == sum(map(weight_bytes, (two.transformer, two.transformer_2, small)))
+
+
+@pytest.mark.usefixtures("movable")
 def test_an_interrupted_call_brings_the_large_model_back(
     pipe: WanPipeline, generate: Generate
 ) -> None:
@@ -154,6 +178,9 @@ def test_what_cannot_be_moved_is_refused(
     with pytest.raises(UsageFault, match='use offload="lazy"'):
         accelerate(pipe, Policy(), small=small, offload="swap")
     del pipe.transformer._hf_hook
+    two = experts(pipe)
+    with pytest.raises(UsageFault, match='this pipeline has 2: use offload="lazy"'):
+        accelerate(two, Policy(), small=small, offload="swap")
     with accelerate(pipe, handoff(pipe), small=small, offload="swap"):
         generate(pipe)
     assert "moves nothing" in caplog.text

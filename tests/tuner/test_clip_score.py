@@ -17,7 +17,7 @@ from transformers import (
 
 from ditune.db.errors import UsageFault
 from ditune.tuner.clip_score import FOLDER_VARIABLE, ClipScore
-from ditune.tuner.quality import counts, metrics, needs_reference, parse_constraints
+from ditune.tuner.quality import counts, metrics, needs_reference, parse_constraints, prepare
 
 TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -74,6 +74,8 @@ def test_without_a_usable_folder_it_says_what_to_give(
         monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     with pytest.raises(UsageFault, match="CLIP model"):
         ClipScore().score(np.zeros((1, 32, 32, 3), dtype=np.float32), None, "a")
+    with pytest.raises(UsageFault, match="CLIP model"):
+        prepare(parse_constraints("psnr>=30,clip>=-0.01"))
 
 
 def test_it_is_a_metric_like_others() -> None:

@@ -24,7 +24,8 @@ Pair = Annotated[
     typer.Option(
         "--pair",
         metavar="LARGE SMALL",
-        help="Folders of two pipelines: say what keeps the small model from taking over.",
+        help="Folders of two pipelines: say whether the small model can take over from the large "
+        "one, what is converted for it, and what their weights take.",
     ),
 ]
 
