@@ -63,13 +63,21 @@ def small_steps(handoff: HandoffPolicy | None, sigmas: Sequence[float]) -> list[
     return [step for step, sigma in enumerate(sigmas) if handoff.takes(sigma)]
 
 
-def first_guess(disagreement: Sequence[float]) -> int:
-    """Return after how many steps to hand over first: where the disagreement has settled."""
+def first_guess(disagreement: Sequence[float]) -> int | None:
+    """Return after how many steps to hand over first: where the disagreement has settled.
+
+    None where it is low from the start. The first steps decide the most however well the two agree
+    there, so that such a curve says nothing about the switch.
+    """
     low, high = min(disagreement), max(disagreement)
     settled = (k for k, q in enumerate(disagreement) if q <= low + _PLATEAU * (high - low))
-    return max(1, next(settled))
+    return next(settled) or None
 
 
 def latest(disagreement: Sequence[float]) -> int:
-    """Return after how many steps at most: where the two agree best, waiting buys nothing more."""
-    return max(1, min(range(len(disagreement)), key=lambda step: disagreement[step]))
+    """Return after how many steps at most, of the later half: where the two agree best.
+
+    Waiting longer buys nothing more. Whatever comes before the middle is no such place.
+    """
+    steps = len(disagreement)
+    return max(1, min(range(steps // 2, steps), key=lambda step: disagreement[step]))

@@ -72,7 +72,8 @@ class Ladders:
         alone = bracket(levels, 1, never)
         step = next_level(alone)
         if step is not None:
-            yield self._at(step if curve is None or levels else min(first_guess(curve), never - 1))
+            guess = None if curve is None or levels else first_guess(curve)
+            yield self._at(step if guess is None else min(guess, never - 1))
         both = bracket(_levels(done, self._switch_with_cache), 1, never)
         step = next_level(both)
         if step is not None:

@@ -7,6 +7,7 @@ plain one.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 METRIC_GROUP = "ditune.metrics"
 PSNR_CAP_DB = 100.0  # identical videos have an infinite PSNR, which no file format can hold
+_FEWEST_OF_COUNTS, _MOST_OF_COUNTS = 32, 100  # videos of a trial
 _FLOOR = re.compile(r"^\s*([a-z][a-z0-9_]*?)(_worst)?\s*>=\s*(-?\d+(?:\.\d+)?(?:e-?\d+)?)\s*$")
 
 
@@ -197,6 +199,16 @@ def cases_needed(constraints: Iterable[Constraint]) -> int:
     """
     floors = [c.floor for c in constraints if counts(c) and c.floor < 0.0]
     return 4 * max(map(counts_needed, floors), default=0)
+
+
+def cases_to_search(constraints: Iterable[Constraint]) -> int:
+    """Return on how many videos to search under floors of metrics that count; 0 if there are none.
+
+    As many as let one video get worse: otherwise a search finds what makes no mistake by chance.
+    """
+    floors = [c.floor for c in constraints if counts(c)]
+    fewest = _FEWEST_OF_COUNTS if floors else 0
+    return max([fewest, *(min(math.ceil(-1.0 / f), _MOST_OF_COUNTS) for f in floors if f < 0.0)])
 
 
 def summarise(

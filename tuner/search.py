@@ -28,6 +28,7 @@ from ditune.tuner.space import Proposal, Space
 
 _CASES_PER_PAIR = 8  # of a trial, at least one pair; confirmation takes one per prompt
 _STARTUP_TRIALS = 8
+_REPEATS = 50  # known policies in a row, after which there is nothing new to be found
 _MARGIN = 0.8  # confidence of the bound that a mean counts with
 _TYPICAL_WEIGHT = 3  # how many pairs the other trials of a study are worth to each
 
@@ -70,6 +71,7 @@ class Search:
         self._sampler = optuna.samplers.GPSampler(
             seed=seed, deterministic_objective=False, n_startup_trials=_STARTUP_TRIALS
         )
+        self._chance = optuna.samplers.RandomSampler(seed=seed)
 
     def open(self, storage_url: str, store: TrialStore) -> None:
         """Create or reopen the study; trials that a dead process left running are closed."""
@@ -92,33 +94,40 @@ class Search:
         """Evaluate until the budget is spent; trials of earlier runs of the study count.
 
         Args:
-            budget: Trials in all, and seconds for this run.
+            budget: Policies in all, and seconds for this run.
             progress: Called after every trial with it and the number of trials so far.
         """
         started = time.monotonic()
         done = self.store.trials(self.name)
+        repeats = 0
         while len(done) < budget.trials and time.monotonic() - started < budget.seconds:
-            trial = self._one(done)
-            done.append(trial)
-            progress(trial, len(done))
+            trial, known = self._one(done, by_chance=repeats > 0)
+            repeats = repeats + 1 if known else 0
+            if repeats == _REPEATS:
+                break
+            if not known:
+                done.append(trial)
+                progress(trial, len(done))
         return done
 
-    def _one(self, done: Sequence[Trial]) -> Trial:
-        """Ask, evaluate, store, tell."""
+    def _one(self, done: Sequence[Trial], *, by_chance: bool) -> tuple[Trial, bool]:
+        """Ask, evaluate, store, tell; return the trial, and whether it was known already.
+
+        Many points spell the same policy. A sampler that asks for a known one is told what is
+        known, which costs nothing and is no trial; `by_chance` then keeps it from asking again.
+        """
         self._propose(done)
+        self.study.sampler = self._chance if by_chance else self._sampler
         asked = self.study.ask(self.space.distributions)
         policy = self.space.policy(asked.params)
         known = next((t for t in done if t.policy.id == policy.id), None)
-        trial = self._tried(policy, asked, len(done)) if known is None else known
-        if known is not None:  # another point that spells the same policy: nothing to run
-            trial = known.model_copy(
-                update={"uuid": uuid.uuid4().hex, "number": len(done), "duration_s": 0.0}
-            )
-        self.store.save_trial(trial)
+        trial = known or self._tried(policy, asked, len(done))
+        if known is None:
+            self.store.save_trial(trial)
         for name, violation in trial.violation.items():
             asked.set_constraint(name, violation)
         self.study.tell(asked, 1.0 / expected_speedup(trial, [*done, trial]))
-        return trial
+        return trial, known is not None
 
     def _propose(self, done: Sequence[Trial]) -> None:
         """Queue the next proposal, unless something waits already or enough is known."""

@@ -23,6 +23,7 @@ from ditune.tuner.evaluate import Case, Evaluator, cases_of
 from ditune.tuner.fewer_steps import FewestSteps, fewest_steps
 from ditune.tuner.quality import (
     cases_needed,
+    cases_to_search,
     counts,
     needs_reference,
     parse_constraints,
@@ -37,7 +38,6 @@ Stage = Literal["profile", "search", "confirm"]
 _SEARCH_SEED = 1_000  # noise seeds of the search and of confirmation never meet
 _CONFIRM_SEED = 500_000
 _WORST_SHOWN = 2
-_SEARCH_VIDEOS_OF_COUNTS = 32  # one that got worse is three points
 _FEWER_STEPS_PROMPTS = 4  # a comparison, not a promise: a third of the proof's prompts do
 
 
@@ -268,7 +268,7 @@ class Session:
     def _search_cases(self) -> list[Case]:
         count = self.options.search_prompts
         if any(map(counts, self.constraints)):
-            count = max(count, _SEARCH_VIDEOS_OF_COUNTS)
+            count = max(count, cases_to_search(self.constraints))
         return cases_of(self.source.calibration, count, _SEARCH_SEED)
 
     def _proof_videos(self) -> int:

@@ -11,6 +11,7 @@ from ditune.tuner.handoffs import small_steps
 from ditune.tuner.ladders import Ladders
 from ditune.tuner.space import Space
 
+RISING = tuple(0.3 + 0.01 * step for step in range(STEPS))
 CURVE = tuple(0.5 - 0.02 * step if step < 16 else 0.3 for step in range(STEPS))
 
 
@@ -40,7 +41,7 @@ def with_curve(curve: tuple[float, ...] | None) -> Profile:
     return profile().model_copy(update={"disagreement": curve})
 
 
-@pytest.mark.parametrize("curve", [CURVE, None])
+@pytest.mark.parametrize("curve", [CURVE, RISING, None])
 def test_each_family_ends_at_the_least_that_holds(curve: tuple[float, ...] | None) -> None:
     space = Space(with_curve(curve), handoff=True)
     done = climbed(space)

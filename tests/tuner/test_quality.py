@@ -7,6 +7,7 @@ from ditune.db.errors import UsageFault
 from ditune.tuner.quality import (
     PSNR_CAP_DB,
     bound_by,
+    cases_to_search,
     metrics,
     needs_reference,
     parse_constraints,
@@ -98,3 +99,18 @@ def test_the_plain_video_is_scored_once_by_metrics_without_a_reference(
         assert values_of(floors, video, dark, "", kept) == {"brightness": expected}
     assert asked == [0.0, 1.0, 0.0]
     assert kept == {"brightness": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("floors", "videos"),
+    [
+        ("psnr>=30", 0),
+        ("judge>=0", 32),
+        ("judge>=-0.3", 32),
+        ("judge>=-0.03,psnr>=30", 34),
+        ("judge_digit>=-0.02,judge>=-0.1", 50),
+        ("judge>=-0.001", 100),
+    ],
+)
+def test_a_search_lets_one_video_get_worse(floors: str, videos: int) -> None:
+    assert cases_to_search(parse_constraints(floors)) == videos

@@ -172,8 +172,17 @@ def test_baseline_comes_first_and_the_search_finds_something_faster(tmp_path: Pa
 def test_a_policy_is_never_measured_twice(tmp_path: Path) -> None:
     store = MemoryStore()
     found, evaluator = search(store, f"sqlite:///{tmp_path}/study.db")
-    found.run(Budget(trials=14), lambda *_: None)
-    assert len(set(evaluator.calls)) == len(evaluator.calls)
+    trials = found.run(Budget(trials=14), lambda *_: None)
+    assert len(set(evaluator.calls)) == len(evaluator.calls) == 13  # the first one is plain
+    assert len({trial.policy.id for trial in trials}) == 14
+
+
+def test_a_sampler_that_repeats_itself_spends_no_budget(tmp_path: Path) -> None:
+    found, evaluator = search(MemoryStore(), f"sqlite:///{tmp_path}/study.db")
+    found._propose = lambda done: found._enqueue(found.space.prior(7))  # type: ignore[method-assign]
+    trials = found.run(Budget(trials=5), lambda *_: None)
+    assert [trial.number for trial in trials] == [0, 1]  # plain, and the one that is asked for
+    assert len(evaluator.calls) == 1
 
 
 def test_every_told_trial_carries_all_its_constraints(tmp_path: Path) -> None:
