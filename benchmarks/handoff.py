@@ -43,7 +43,7 @@ _CACHE, _HANDOFF, _JOINT = "cache only", "hand-off only", "both"
 _FIRST, _GOOD, _SMALL = "small model first", "switch for good", "small model alone"
 _DELTAS = (0.01, 0.03)  # of the official adaptive rule
 _SHARES = (0.8, 0.6, 0.4, 0.2, 0.1, 0.04)  # of the steps, where the small model comes first
-_PROOF_LOOK = 50  # videos after which a proof may end early
+_PROOF_LOOK = 100  # videos after which a proof may end early
 _IN_TURN = "in turn"
 _SEARCH_SEED, _PROOF_SEED, _HELD_OUT_SEED = 1_000, 600_000, 900_000
 
@@ -205,6 +205,7 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
     compared = Comparison(folder, sizes, arguments.device, console.print)
     found = compared.found()
     judged = compared.judged()
+    judged.prepare([*compared.proof, *compared.held_out])
     chosen = {
         kind: policy
         for kind in (_CACHE, _HANDOFF, _JOINT)

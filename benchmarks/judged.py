@@ -17,7 +17,7 @@ from ditune.tuner.evaluate import Case
 from ditune.tuner.measurements import Measurement, Measurements
 
 _BY = "judge"
-_TOGETHER = {"cpu": 2, "cuda": 100}  # videos of one call
+_TOGETHER = {"cpu": 2, "cuda": 200}  # videos of one call
 
 Difference = Mapping[str, float]
 
@@ -41,6 +41,10 @@ class Judged:
         self._log = log
         self._together = _TOGETHER[device]
         self._say = say
+
+    def prepare(self, cases: Sequence[Case]) -> None:
+        """Judge the plain videos of all cases at once."""
+        self._right(Policy(), cases)
 
     def differences(self, policy: Policy, cases: Sequence[Case]) -> list[Difference]:
         """Return for each attribute whether it is right under the policy, minus whether plain."""
