@@ -43,7 +43,7 @@ _CACHE, _HANDOFF, _JOINT = "cache only", "hand-off only", "both"
 _FIRST, _GOOD, _SMALL = "small model first", "switch for good", "small model alone"
 _DELTAS = (0.01, 0.03)  # of the official adaptive rule
 _SHARES = (0.8, 0.6, 0.4, 0.2, 0.1, 0.04)  # of the steps, where the small model comes first
-_PROOF_LOOK = 100  # videos after which a proof may end early
+_LOOKS = (25, 100, 200)  # videos after which a proof may end early
 _IN_TURN = "in turn"
 _SEARCH_SEED, _PROOF_SEED, _HELD_OUT_SEED = 1_000, 600_000, 900_000
 
@@ -140,9 +140,9 @@ class Comparison:
         """Return the first of some policies that is proved to hold the floors."""
         for policy in policies:
             reason = ""
-            for seen in range(_PROOF_LOOK, len(self.proof) + _PROOF_LOOK, _PROOF_LOOK):
+            for seen in (*(look for look in _LOOKS if look < len(self.proof)), len(self.proof)):
                 values = judged.differences(policy, self.proof[:seen])
-                reason = missed(self.floors, values, final=seen >= len(self.proof))
+                reason = missed(self.floors, values, final=seen == len(self.proof))
                 if reason:
                     break
             self._say(f"{name}: {name_of(policy)} {f'fails: {reason}' if reason else 'holds'}")
