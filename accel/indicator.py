@@ -57,22 +57,20 @@ def clean_part(latents: Tensor, sigma: float) -> Tensor:
     """
     noise = sigma if sigma <= 1.0 else sigma / (1.0 + sigma)
     height, width = latents.shape[-2:]
-    prior = _prior(height, width, latents.device)
-    gain = prior / (prior + (noise / max(1.0 - noise, _TINY)) ** 2)
-    spectrum = torch.fft.rfft2(latents.float()) * gain
+    spectrum = torch.fft.rfft2(latents.float()) * _gain(noise, height, width, latents.device)
     clean: Tensor = torch.fft.irfft2(spectrum, s=(height, width))
     return clean
 
 
-@lru_cache(maxsize=8)
-def _prior(height: int, width: int, device: torch.device) -> Tensor:
-    """Return the power of clean video at the frequencies of a real signal, 1 at the lowest."""
+@lru_cache(maxsize=128)  # the steps of a call or two
+def _gain(noise: float, height: int, width: int, device: torch.device) -> Tensor:
+    """Return the filter at the frequencies of a real signal; clean video has 1 at the lowest."""
     rows = torch.fft.fftfreq(height, device=device)[:, None]
     columns = torch.fft.rfftfreq(width, device=device)[None, :]
     lowest = 1.0 / max(height, width)
     radius = (rows.square() + columns.square()).sqrt().clamp_min(lowest) / lowest
     prior: Tensor = radius**-POWER
-    return prior
+    return prior / (prior + (noise / max(1.0 - noise, _TINY)) ** 2)
 
 
 def _timestep_embedding(model: nn.Module) -> Callable[[Tensor], Tensor | None]:

@@ -2,7 +2,7 @@
 
 For every held-out prompt the best step mask of every number of computed steps is searched on the
 very prompt and seed that it is scored on, from ditune's masks, every peer's, the profile's and
-those of the prompt's own trajectory, with at least 400 videos a prompt. Forecasts run over the
+those of the prompt's own trajectory, with at least 350 videos a prompt. Forecasts run over the
 steps' numbers, the profile's arc length or the prompt's own. The oracle then spends computed steps
 where they help most: no policy that is fixed before the prompt is known can do that. Needs the
 folder of `benchmarks.peers`; takes hours on a CPU, minutes on a GPU, and goes on where it stopped.
@@ -44,7 +44,7 @@ from ditune.tuner.peers.contract import Setting
 from ditune.tuner.quality import parse_constraints
 from ditune.tuner.schedule import StepSchedules, arc_length_of
 
-_EVALUATIONS, _PROMPTS = 400, 20
+_EVALUATIONS, _PROMPTS = 350, 20
 _OUT = Path("bench-out")
 _BUDGETS = range(4, 17)
 _NEAR_DB = 4.0  # budgets whose best mask lies this near to a floor are searched

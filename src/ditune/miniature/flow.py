@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -27,6 +28,13 @@ CAPTION_DROPOUT = 0.12
 EMA_DECAY = 0.999
 MUON_RATE = 0.02
 ADAMW_RATE = 2e-3
+
+
+class _Batch(NamedTuple):
+    clean: Tensor
+    noise: Tensor
+    sigma: Tensor
+    subject: Tensor  # which prompt embedding
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,8 @@ class FlowTrainer:
     """Train one denoiser; its whole state can be saved and resumed at any step.
 
     Where `torch.distributed` is initialised, every process takes its share of the batch and
-    gradients are averaged: two processes of one thread beat two threads in one process.
+    gradients are averaged: two processes of one thread beat two threads in one process. On a GPU
+    clips are rendered ahead by threads: a step there is shorter than its data.
     """
 
     def __init__(
@@ -88,7 +97,7 @@ class FlowTrainer:
         """Prepare optimisers and the exponential moving average.
 
         Args:
-            model: The denoiser, trained in place.
+            model: The denoiser, trained in place on the device that it is on.
             pca: The codec's encoder.
             text: Prompt embeddings [481, tokens, width], the empty prompt last.
             schedule: Steps, batch size and learning rates.
@@ -98,11 +107,15 @@ class FlowTrainer:
         self.model = model.train()
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         self.pca = pca
-        self.text = text
+        self.device = next(model.parameters()).device
+        self.text = text.to(self.device)
         self.schedule = schedule
         self.seed = seed
-        self.generator = torch.Generator()
         self.step = 0
+        ahead = 1 if self.device.type == "cpu" else os.cpu_count() or 1
+        self._renderers = ThreadPoolExecutor(ahead)
+        self._ahead = ahead if ahead > 1 else 0
+        self._rendered: dict[int, Future[_Batch]] = {}
         together = distributed.is_initialized()
         self.rank = distributed.get_rank() if together else 0
         self.processes = distributed.get_world_size() if together else 1
@@ -123,9 +136,7 @@ class FlowTrainer:
             group["lr"] = MUON_RATE * factor
         for group in self.adamw.param_groups:
             group["lr"] = ADAMW_RATE * factor
-        # data and noise follow from seed, step and rank alone: resuming needs no generator state
-        self.generator.manual_seed((self.seed << 40) + (self.step << 8) + self.rank)
-        loss = self._loss()
+        loss = self._loss(self._next_batch())
         self.model.zero_grad(set_to_none=True)
         loss.backward()
         self._average_gradients()
@@ -151,9 +162,20 @@ class FlowTrainer:
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    def _loss(self) -> Tensor:
-        """Return the velocity error on fresh clips; noise levels lean to the noisy half."""
-        count, generator = self.schedule.batch // self.processes, self.generator
+    def _next_batch(self) -> _Batch:
+        """Return the batch of this step; those of the next ones are begun."""
+        for step in range(self.step, min(self.step + self._ahead, self.schedule.steps) + 1):
+            if step not in self._rendered:
+                self._rendered[step] = self._renderers.submit(self._batch, step)
+        return self._rendered.pop(self.step).result()
+
+    def _batch(self, step: int) -> _Batch:
+        """Return fresh clips with noise; noise levels lean to the noisy half.
+
+        They follow from seed, step and rank alone: resuming needs no generator's state.
+        """
+        count = self.schedule.batch // self.processes
+        generator = torch.Generator().manual_seed((self.seed << 40) + (step << 8) + self.rank)
         clips = render(count, generator)
         clean = self.pca.encode(clips.frames)
         subject = (clips.digit * len(COLOUR_NAMES) + clips.colour) * len(MOTIONS) + clips.motion
@@ -163,8 +185,12 @@ class FlowTrainer:
         uniform = torch.rand(count, 2, generator=generator)
         sigma = torch.where(uniform[:, 0] < 0.1, uniform[:, 1], sigma)
         noise = torch.randn(clean.shape, generator=generator)
-        level = sigma.view(-1, 1, 1, 1, 1)
-        noisy = torch.lerp(clean, noise, level)
+        return _Batch(clean, noise, sigma, subject)
+
+    def _loss(self, batch: _Batch) -> Tensor:
+        """Return the velocity error on a batch."""
+        clean, noise, sigma, subject = (each.to(self.device) for each in batch)
+        noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
         velocity = self.model(noisy, sigma * 1000.0, self.text[subject], return_dict=False)[0]
         loss: Tensor = (velocity - (noise - clean)).square().mean()
         return loss
