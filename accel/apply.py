@@ -109,7 +109,7 @@ class Applied:
         self._episode: Episode | None = None
         self._locator = Locator(pipe)
         self._stacks: dict[int, BlockStack] = {}
-        self._rebuild: dict[int, Callable[[Tensor], Any]] = {}  # how each denoiser returns
+        self._rebuild: dict[int, Callable[[Tensor], Any]] = {}  # how each model returns
         self._matches: dict[Request, Match] = {}
         self._warned: set[str] = set()
         self._models: list[nn.Module] = []
@@ -132,15 +132,13 @@ class Applied:
         """Take the hooks off; the pipeline is bit for bit what it was."""
         while self._models:
             detach(self._models.pop())
-        if self._residence is not None:
-            self._residence.leave()
+        self._bring_back()
 
     def finish(self) -> None:
         """Begin anew with the next forward, whatever its step; counters stay for `summary`."""
         if self._episode is not None:
             self._episode.close()
-        if self._residence is not None:
-            self._residence.leave()
+        self._bring_back()
         self._locator.reset()
 
     def summary(self) -> Summary:
@@ -173,6 +171,7 @@ class Applied:
     ) -> Any:
         """Do one forward of a denoiser: computed, reused, or done by the small model."""
         if os.environ.get(DISABLE_VARIABLE) == "1":
+            self._bring_back()
             return hook.whole(module, *args, **kwargs)
         latents = latents_of(args, kwargs)
         where = self._locator.locate(hook.context(), kwargs)
@@ -196,7 +195,7 @@ class Applied:
                 output = Output.of(run(*second_half(args, count), **second_half(kwargs, count)))
             else:
                 output = Output.of(run(*args, **kwargs))
-                self._rebuild[id(module)] = output.rebuild
+                self._rebuild[id(stack)] = output.rebuild
             return output.sample if hook.compiled is None else output.sample.clone()
 
         before = episode.tally.computed
@@ -204,7 +203,7 @@ class Applied:
         sample = episode.forward(where, stack, inputs, compute)
         if small is not None:
             episode.tally.small_forwards += episode.tally.computed - before
-        return self._rebuild[id(module)](sample)
+        return self._rebuild[id(stack)](sample)
 
     def _runner(
         self, hook: ForwardHook, module: nn.Module, stack: BlockStack
@@ -232,6 +231,7 @@ class Applied:
     def _begin(self, where: Where, model: nn.Module, latents: Tensor) -> Episode:
         if self._episode is not None:  # pipelines that never say when a call ends
             self._episode.close()
+        self._bring_back()  # a call that was interrupted may have left another model there
         match = self._match(where, latents)
         episode = Episode(match, where, model, self._small, self._pipe)
         if episode.policy is None:
@@ -251,6 +251,11 @@ class Applied:
             self._warn(f"offload={self._offload!r} moves nothing: the pipeline runs on the CPU")
             return None
         return Residence(self._models, self._small.model, self._offload, device)
+
+    def _bring_back(self) -> None:
+        """See to it that the large model is there, as the pipeline expects."""
+        if self._residence is not None:
+            self._residence.leave()
 
     def _peak_weight_bytes(self) -> int:
         if self._residence is not None:

@@ -13,6 +13,7 @@ from ditune.accel.indicator import indicator_for
 from ditune.accel.location import Where
 from ditune.accel.mixcache import BATCHED, COND, UNCOND, Compute, MixCache, Place, Tally
 from ditune.accel.plan import StepPlan
+from ditune.accel.request import guides
 from ditune.accel.sibling import Sibling
 from ditune.accel.spans import BlockStack
 from ditune.accel.trigger import trigger_for
@@ -65,7 +66,7 @@ class Episode:
         self.reason = match.reason if policy is None else _misfit(policy, where, small)
         self.policy = None if self.reason else policy
         self.reason = self.reason or match.reason
-        guided = bool(getattr(pipe, "do_classifier_free_guidance", False))
+        guided = guides(pipe)
         if self.policy is not None and self.policy.cache is not None:
             self._plan = self._planned(self.policy.cache, where, model, guided)
         if self.policy is not None and self.policy.handoff is not None:

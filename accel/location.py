@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ditune.accel.internals import Context
+from ditune.accel.mixcache import BATCHED, COND
+from ditune.accel.request import guides
 
 _CONDITIONS = ("encoder_hidden_states", "prompt_embeds", "encoder_hidden_states_t5")
 
@@ -33,10 +35,12 @@ class Locator:
         self._step = -1
         self._branches: set[str] = set()
         self._conditions: list[weakref.ref[Tensor]] = []
+        self._guides: bool | None = None  # whether a batch holds both branches
 
     def reset(self) -> None:
         """Take the next forward for the first of a call, whatever its step."""
         self._step, self._branches, self._conditions = -1, set(), []
+        self._guides = None
 
     def locate(self, context: Context | None, kwargs: Mapping[str, Any]) -> Where | None:
         """Return where a forward is, None if its branch cannot be told.
@@ -54,7 +58,7 @@ class Locator:
             return None
         if step < self._step:
             self.reset()
-        branch = context.branch if context is not None else self._branch_of(kwargs)
+        branch = self._branch_of(kwargs) if context is None else self._named(context.branch, step)
         if branch is None:
             return None
         steps = context.steps if context is not None else None
@@ -75,6 +79,14 @@ class Locator:
         self._step = where.step
         self._branches.add(where.branch)
         return fresh
+
+    def _named(self, branch: str, step: int) -> str:
+        """Return a branch's name; pipelines that batch both say so even where there is but one."""
+        if branch != BATCHED:
+            return branch
+        if self._guides is None or step == 0:
+            self._guides = guides(self._pipe)
+        return BATCHED if self._guides else COND
 
     def _scheduled_step(self, kwargs: Mapping[str, Any]) -> int | None:
         """Return the step that the scheduler is about to take."""

@@ -91,6 +91,18 @@ def observed(pipe: Any, latents: Tensor, steps: int) -> Request:
     )
 
 
+def guides(pipe: Any) -> bool:
+    """Whether the call that runs has a second, unconditional branch.
+
+    Some pipelines say so in a property, others only in a variable of the call.
+    """
+    said = getattr(pipe, "do_classifier_free_guidance", None)
+    if said is None:
+        running = _running(pipe) or {}
+        said = running.get("do_classifier_free_guidance", running.get("do_true_cfg"))
+    return bool(said)
+
+
 def _request(pipe: Any, asked: Mapping[str, Any], count: int, guidance: bool) -> Request:
     """Return a request from the arguments of a call, or from its variables."""
     _, space = _latent_scales(pipe)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ditune.accel.anatomy import denoisers
 from ditune.accel.internals import ForwardHook, Output, attach, detach, latents_of
+from ditune.accel.location import Locator
 from ditune.accel.payload import byte_count
 from ditune.accel.sibling import Sibling
 from ditune.accel.spans import BlockStack
@@ -38,10 +39,15 @@ class Observation:
 
 class _Tap(ForwardHook):
     def __init__(
-        self, stack: BlockStack, small: Sibling | None, watch: Callable[[Observation], None]
+        self,
+        stack: BlockStack,
+        small: Sibling | None,
+        watch: Callable[[Observation], None],
+        locator: Locator,
     ) -> None:
         super().__init__()
         self._stack = stack
+        self._locator = locator
         self._small = small
         self._watch = watch
 
@@ -49,13 +55,15 @@ class _Tap(ForwardHook):
         with self._stack.recording([(1, 0)]) as recording:
             output = self.original(*args, **kwargs)
         residual = recording.residuals[0]
-        context = self.context()
+        where = self._locator.locate(self.context(), kwargs)
+        if where is not None:
+            self._locator.begins(where)
         self._watch(
             Observation(
-                step=context.step if context else None,
-                steps=context.steps if context else None,
-                sigma=context.sigma if context else None,
-                branch=context.branch if context else "",
+                step=where.step if where else None,
+                steps=where.steps if where else None,
+                sigma=where.sigma if where else None,
+                branch=where.branch if where else "",
                 latents=latents_of(args, kwargs),
                 output=Output.of(output).sample,
                 span=residual[0] if residual else None,
@@ -64,6 +72,9 @@ class _Tap(ForwardHook):
             )
         )
         return output
+
+    def finish(self) -> None:
+        self._locator.reset()
 
 
 @contextmanager
@@ -81,8 +92,9 @@ def tapped(pipe: Any, watch: Callable[[Observation], None], small: Any = None) -
     """
     models = denoisers(pipe)
     sibling = Sibling.of(pipe, small) if small is not None else None
+    locator = Locator(pipe)
     for model in models:
-        attach(model, _Tap(BlockStack(model), sibling, watch), TAP_NAME)
+        attach(model, _Tap(BlockStack(model), sibling, watch, locator), TAP_NAME)
     try:
         yield
     finally:

@@ -105,7 +105,8 @@ class RuleCache(Record):
 CachePolicy = Annotated[MaskCache | RuleCache, Field(discriminator="kind")]
 
 
-Sigma = Annotated[float, Field(gt=0, le=1000)]  # a noise level, in the scheduler's own unit
+MAX_SIGMA = 1000.0
+Sigma = Annotated[float, Field(gt=0, le=MAX_SIGMA)]  # a noise level, in the scheduler's own unit
 
 
 class Handoff(Record):

@@ -41,19 +41,25 @@ class Redundancy:
     def watch(self, seen: Observation) -> None:
         """Take one forward; compares it with the same branch one step before."""
         self._sizes[seen.branch] = (byte_count(seen.output), seen.span_bytes)
-        first = seen.branch not in (UNCOND,)
-        if first:
+        first = self._begins_step(seen)
+        if first or self._now is None:
             self._close()
             index = seen.step if seen.step is not None else self._count
             self._count = index + 1
             self._now = _Step(index, seen.sigma)
             self._sigmas[index] = seen.sigma
-        assert self._now is not None
         self._now.outputs[seen.branch] = seen.output
         if seen.sibling is not None:
             self._now.siblings[seen.branch] = seen.sibling
         if first:
             self._now.span = seen.span
+
+    def _begins_step(self, seen: Observation) -> bool:
+        """Whether a forward is the first of its step."""
+        now = self._now
+        if now is None or seen.branch in now.outputs:
+            return True
+        return seen.step is not None and seen.step != now.index
 
     def steps(self) -> tuple[StepRedundancy, ...]:
         """Return the mean change per step over the calls seen."""

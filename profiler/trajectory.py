@@ -15,6 +15,7 @@ from torch import Tensor
 from ditune.accel.mixcache import BATCHED, COND, UNCOND, guided
 from ditune.accel.tap import Observation
 
+_CLEAREST = 1.0 + 1e-6  # noise level of flow matching in pure noise
 SAMPLED = 65_536  # values of a latent that are looked at; of more, an even selection
 
 
@@ -55,13 +56,15 @@ class TrajectoryRecorder:
         self._outputs: list[dict[str, Tensor]] = []
         self._latents: list[Tensor] = []
         self._sigmas: list[float | None] = []
+        self._step: int | None = None
         self._done: list[Trajectory] = []
 
     def watch(self, seen: Observation) -> None:
         """Take one forward."""
-        if seen.branch != UNCOND or not self._outputs:
+        if not self._outputs or seen.step != self._step or seen.branch in self._outputs[-1]:
             if seen.step == 0:
                 self._close()
+            self._step = seen.step
             self._outputs.append({})
             self._latents.append(_sampled(seen.latents, like=_conditional(seen, seen.output)))
             self._sigmas.append(seen.sigma)
@@ -74,8 +77,8 @@ class TrajectoryRecorder:
     def trajectories(self) -> tuple[Trajectory, ...]:
         """Return the trajectories of the calls seen, without those that cannot be used.
 
-        A call counts if the noise level of every step was known, and outputs are shaped like
-        latents.
+        A call counts if the noise level of every step was known and is one of flow matching (at
+        most 1), and outputs are shaped like latents.
         """
         self._close()
         return tuple(self._done)
@@ -84,7 +87,7 @@ class TrajectoryRecorder:
         outputs, latents, sigmas = self._outputs, self._latents, self._sigmas
         self._outputs, self._latents, self._sigmas = [], [], []
         known = [sigma for sigma in sigmas if sigma is not None]
-        if len(outputs) < 2 or len(known) < len(sigmas):
+        if len(outputs) < 2 or len(known) < len(sigmas) or max(known) > _CLEAREST:
             return
         vectors = [*(guided(each, self._scale) for each in outputs), *latents]
         if len({len(vector) for vector in vectors}) > 1:

@@ -9,16 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ditune.db.policy import AdaptiveHandoff, BandedHandoff, Handoff, HandoffPolicy
+from ditune.db.policy import MAX_SIGMA, AdaptiveHandoff, BandedHandoff, Handoff, HandoffPolicy
 
 _PLATEAU = 0.25  # of the way from the smallest to the greatest disagreement
 
 
 def edge(sigmas: Sequence[float], step: int) -> float:
-    """Return a noise level between a step and the one before it; above all, or 0 below all."""
+    """Return a noise level between a step and the one before it; above all, or 0 below all.
+
+    Schedules that begin at no signal at all have no level above their first step that a policy can
+    hold: what is returned then lies between the first two.
+    """
     if step == 0:
-        return sigmas[0] + (sigmas[0] - sigmas[1]) / 2.0
-    return (sigmas[step - 1] + sigmas[step]) / 2.0 if step < len(sigmas) else 0.0
+        return min(sigmas[0] + (sigmas[0] - sigmas[1]) / 2.0, MAX_SIGMA)
+    if step == len(sigmas):
+        return 0.0
+    return min((sigmas[step - 1] + sigmas[step]) / 2.0, MAX_SIGMA)
 
 
 def switched(sigmas: Sequence[float], large_steps: int, tail_steps: int = 0) -> Handoff | None:

@@ -131,7 +131,10 @@ class Session:
         started = time.monotonic()
         recorded = self._profile()
         found = recorded.profile
-        space = Space(found, handoff=self._may_hand_off(), trajectories=recorded.trajectories)
+        handing = self._may_hand_off()
+        space = Space(found, handoff=handing, trajectories=recorded.trajectories)
+        if handing and not space.hands_over:
+            self.notes.append("the hand-off is left out: the scheduler tells no noise levels")
         study = self._study(found, space)
         trials = self._search(study, space, storage_url)
         confirmation = self._confirm(trials)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import diffusers
@@ -11,11 +12,16 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tests.accel.families_first import FIRST
 from tests.accel.families_second import SECOND
+from tests.accel.test_sibling import cogvideox, generate
 from torch import Tensor, nn
 
-from ditune.accel.apply import accelerate
+from ditune.accel.apply import Summary, accelerate
+from ditune.accel.mixcache import BATCHED, COND
 from ditune.accel.spans import BlockStack
-from ditune.db.policy import Action, MaskCache, Policy
+from ditune.accel.tap import Observation, tapped
+from ditune.db.policy import Action, MaskCache, Policy, RuleCache
+from ditune.profiler.redundancy import Redundancy
+from ditune.profiler.trajectory import TrajectoryRecorder
 
 STEPS = 6
 ACTIONS: tuple[Action, ...] = ("full", "full", "cfg", "full", "step", "cfg")
@@ -146,3 +152,53 @@ def test_state_belongs_to_an_expert() -> None:
         tuned = loop.run(forward)
         assert applied.summary().steps == {"full": 3, "step": 3}
     assert torch.equal(tuned[3], plain[3])  # the second expert's first step is computed
+
+
+# --- a pipeline that always names its forwards after both branches --------------------------------
+
+
+def cogvideox_under(policy: Policy, guidance_scale: float) -> tuple[Summary, Tensor]:
+    pipe = cogvideox("5b")
+    with accelerate(pipe, policy) as applied:
+        latents = generate(pipe, guidance_scale=guidance_scale)
+        return applied.summary(), latents
+
+
+def test_guidance_is_noticed_where_only_the_call_knows_it() -> None:
+    summary, latents = cogvideox_under(Policy(cache=MaskCache(actions=ACTIONS)), 6.0)
+    assert summary.steps == {"full": 3, "cfg": 2, "step": 1}
+    assert bool(latents.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "policy", [Policy(cache=MaskCache(actions=ACTIONS)), Policy(cache=RuleCache())]
+)
+def test_without_guidance_a_batch_has_one_branch(policy: Policy) -> None:
+    summary, latents = cogvideox_under(policy, 1.0)
+    assert "cfg" not in summary.steps
+    assert bool(latents.isfinite().all())
+
+
+@pytest.mark.parametrize(("guidance_scale", "branch"), [(6.0, BATCHED), (1.0, COND)])
+def test_a_tap_knows_step_and_noise_level_where_the_pipeline_says_neither(
+    guidance_scale: float, branch: str
+) -> None:
+    pipe, seen = cogvideox("5b"), list[Observation]()
+    redundancy, trajectories = Redundancy(guidance_scale), TrajectoryRecorder(guidance_scale)
+
+    def watch(observation: Observation) -> None:
+        seen.append(observation)
+        redundancy.watch(observation)
+        trajectories.watch(observation)
+
+    with tapped(pipe, watch):
+        for _ in range(2):
+            generate(pipe, guidance_scale=guidance_scale)
+    assert [each.step for each in seen] == [*range(STEPS), *range(STEPS)]
+    assert {each.branch for each in seen} == {branch}
+    levels = [each.sigma for each in seen[:STEPS]]
+    assert all(a is not None and b is not None and a > b for a, b in pairwise(levels))
+    steps = redundancy.steps()
+    assert [step.step for step in steps] == list(range(STEPS))
+    assert all(step.sigma is not None for step in steps)
+    assert not trajectories.trajectories()  # its steps are not those of flow matching

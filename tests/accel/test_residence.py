@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ditune.accel.apply import Applied, accelerate
 from ditune.accel.residence import Offload, Residence, Weights, peak_weight_bytes, weight_bytes
 from ditune.db.errors import UsageFault
-from ditune.db.policy import Handoff, Policy
+from ditune.db.policy import Action, Handoff, MaskCache, Policy
 
 CPU = torch.device("cpu")
 
@@ -118,6 +118,24 @@ def _handed(pipe: WanPipeline, policy: Policy, small: nn.Module, generate: Gener
         return generate(pipe)
 
 
+def test_a_small_model_with_a_cache_outlasts_the_switch_of_experts(
+    pipe: WanPipeline, generate: Generate
+) -> None:
+    """The second expert itself never runs: what rebuilds outputs is the small model's."""
+    two = experts(pipe)
+    pipe.scheduler.set_timesteps(STEPS)
+    early = [float(t) for t in pipe.scheduler.timesteps].index(
+        next(float(t) for t in pipe.scheduler.timesteps if t < 500)
+    )
+    actions: list[Action] = ["full"] * STEPS
+    actions[early] = "step"  # the first forward that the pipeline asks of the second expert
+    switch = float(pipe.scheduler.sigmas[early - 2] + pipe.scheduler.sigmas[early - 3]) / 2
+    policy = Policy(cache=MaskCache(actions=tuple(actions)), handoff=Handoff(sigma=switch))
+    with accelerate(two, policy, small=wan_transformer(layers=2)) as applied:
+        assert bool(generate(two).isfinite().all())
+        assert applied.summary().steps["step"] == 1
+
+
 @pytest.mark.usefixtures("movable")
 def test_both_experts_count(pipe: WanPipeline, generate: Generate) -> None:
     two, small = experts(pipe), wan_transformer(layers=2)
@@ -145,6 +163,31 @@ def test_an_interrupted_call_brings_the_large_model_back(
             generate(pipe, callback_on_step_end=fail)
         assert torch.equal(wanted, generate(pipe))
         assert applied.summary().peak_weight_bytes == weight_bytes(pipe.transformer)
+
+
+@pytest.mark.usefixtures("movable")
+def test_a_plain_call_after_an_interrupted_one_finds_its_model(
+    pipe: WanPipeline, generate: Generate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(_pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+        if step == STEPS - 2:
+            raise KeyboardInterrupt
+        return {}
+
+    with accelerate(pipe, handoff(pipe), small=wan_transformer(layers=2), offload="swap") as on:
+        with pytest.raises(KeyboardInterrupt):
+            generate(pipe, callback_on_step_end=stop)
+        residence = on._residence
+        assert residence is not None
+        assert residence._large is not None
+        assert not residence._large._there
+        monkeypatch.setenv("DITUNE_DISABLE", "1")
+        there: list[bool] = []
+        found = residence._large
+        pipe.transformer.blocks[0].register_forward_pre_hook(lambda *_: there.append(found._there))
+        generate(pipe)
+        assert all(there)
+        assert len(there) == 2 * STEPS
 
 
 def test_weights_go_and_come_back_unchanged() -> None:

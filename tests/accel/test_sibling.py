@@ -82,7 +82,7 @@ def cogvideox(size: str) -> CogVideoXPipeline:
     return pipe
 
 
-def generate(pipe: CogVideoXPipeline, steps: int = STEPS) -> Tensor:
+def generate(pipe: CogVideoXPipeline, steps: int = STEPS, guidance_scale: float = 6.0) -> Tensor:
     """Return the latents of a tiny video."""
     random = torch.Generator().manual_seed(4)
     embeddings = torch.randn(2, 1, 8, 16, generator=random)
@@ -93,7 +93,7 @@ def generate(pipe: CogVideoXPipeline, steps: int = STEPS) -> Tensor:
         width=64,
         num_frames=9,
         num_inference_steps=steps,
-        guidance_scale=6.0,
+        guidance_scale=guidance_scale,
         generator=random,
         output_type="latent",
         return_dict=False,

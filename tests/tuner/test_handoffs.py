@@ -68,3 +68,11 @@ def test_edges_lie_between_steps() -> None:
     assert edge([1.0, 0.5, 0.25], 0) > 1.0
     assert edge([1.0, 0.5, 0.25], 1) == 0.75
     assert edge([1.0, 0.5, 0.25], 3) == 0.0
+
+
+def test_schedules_that_begin_without_any_signal_have_edges_that_a_policy_holds() -> None:
+    sigmas = [1e6, 108.0, 20.0, 5.0]
+    assert edge(sigmas, 0) == edge(sigmas, 1) == 1000.0
+    handoff = switched(sigmas, 1)
+    assert handoff is not None
+    assert small_steps(handoff, sigmas) == [1, 2, 3]
