@@ -61,7 +61,7 @@ class Episode:
         self._plan: StepPlan | None = None
         self._router: Router | None = None
         self._last: Where | None = None
-        self._handed_over = False
+        self._ran: set[bool] = set()  # whether the small model (True) and the large one ran a step
         policy = match.policy
         self.reason = match.reason if policy is None else _misfit(policy, where, small)
         self.policy = None if self.reason else policy
@@ -133,20 +133,21 @@ class Episode:
             self._plan.close()
 
     def _notice_inert(self) -> None:
-        """Report a call that came to its end without a step of the small model."""
+        """Report a call that came to its end with all steps done by one of the two models."""
         last = self._last
-        ended = last is not None and last.step == last.steps - 1
-        if ended and last is not None and not self._handed_over:
-            said = f"the policy hands over and the small model ran none of {last.steps} steps"
-            self.tally.trips.append(said)
-            _log.warning("ditune: %s", said)
+        if last is None or last.step < last.steps - 1 or len(self._ran) == 2:
+            return
+        model, others = ("large", "small") if True in self._ran else ("small", "large")
+        said = f"the policy hands over and the {model} model ran none of {last.steps} steps"
+        self.tally.trips.append(f"{said}: all are the {others} one's")
+        _log.warning("ditune: %s", self.tally.trips[-1])
 
     def hands_over(self, where: Where) -> bool:
         """Whether the small model does this forward."""
         if self._router is None or where.sigma is None:
             return False
         small = self._router.small(where.step, where.sigma)
-        self._handed_over |= small
+        self._ran.add(small)
         return small
 
 

@@ -30,13 +30,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one case gave; `baseline_ms` is None where the plain pipeline was not run beside it."""
+    """What one case gave.
+
+    `baseline_ms` is None where the plain pipeline was not run beside it; `earlier_ms` is how long
+    that took when its video was made for reference, None where it was not timed.
+    """
 
     case: Case
     values: dict[str, float]
     tuned_ms: float
     baseline_ms: float | None
     summary: Summary
+    earlier_ms: float | None = None
 
 
 class Evaluator:
@@ -56,6 +61,7 @@ class Evaluator:
         self.constraints = tuple(constraints)
         self.device = next(denoisers(source.pipe)[0].parameters()).device
         self._plain: dict[Case, np.ndarray] = {}
+        self._plain_ms: dict[Case, float] = {}
         self._plain_scores: defaultdict[Case, dict[str, float]] = defaultdict(dict)
         self._flip = False
         self._reference = plain or self
@@ -63,7 +69,7 @@ class Evaluator:
     def plain(self, case: Case) -> np.ndarray:
         """Return the plain video of a case, [frames, height, width, 3] in [0, 1]."""
         if case not in self._plain:
-            self._plain[case] = self.generate(case)[0]
+            self._plain[case], self._plain_ms[case] = self.generate(case)
         return self._plain[case]
 
     def adopt(self, case: Case, output: Any) -> None:
@@ -103,7 +109,9 @@ class Evaluator:
         video, tuned_ms, summary = self.tuned(policy, case)
         if paired and not self._flip:
             baseline_ms = self._reference.baseline_ms(case)
-        return Outcome(case, self.values(video, case), tuned_ms, baseline_ms, summary)
+        values = self.values(video, case)
+        earlier_ms = self._reference._plain_ms.get(case)
+        return Outcome(case, values, tuned_ms, baseline_ms, summary, earlier_ms)
 
     def run(
         self,

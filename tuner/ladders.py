@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from ditune.db.policy import Handoff, MaskCache, Policy
+from ditune.db.policy import BandedHandoff, Handoff, MaskCache, Policy
 from ditune.db.records import Trial
 from ditune.tuner.budgets import Bracket, bracket, next_level
 from ditune.tuner.handoffs import first_guess, latest, small_steps
@@ -82,8 +82,29 @@ class Ladders:
             yield from self._around_both(both.held, caches)
         if alone.held < never:
             yield from self._around_alone(alone.held)
+        elif curve is not None and first_guess(curve) is None:
+            yield from self._by_disagreement(done, caches)
         for delta in _OFFICIAL:
             yield space.handed_over(handoff="adaptive", delta=delta)
+
+    def _by_disagreement(self, done: Sequence[Trial], caches: Bracket) -> Iterator[Proposal]:
+        """Where no switch for good holds, the small model may still take the steps that agree best.
+
+        Of a curve that falls from the start these are the last ones, which were tried. Bisected over the large model's steps; then with a cache beside.
+        """
+        space = self._space
+        known = bracket(_levels(done, self._ranked), 1, space.steps)
+        step = next_level(known)
+        if step is not None:
+            yield space.handed_over(handoff="ranked", handoff_frac=step / space.steps)
+        if known.held < space.steps:
+            for share in _SMALL_SHARES:
+                yield space.handed_over(
+                    handoff="ranked",
+                    handoff_frac=known.held / space.steps,
+                    compute_frac=caches.held / space.steps,
+                    small_compute_frac=share,
+                )
 
     def _around_both(self, held: int, caches: Bracket) -> Iterator[Proposal]:
         """More or less is computed, the large model comes back, the switch comes a step earlier."""
@@ -135,6 +156,12 @@ class Ladders:
     def _switch_with_cache(self, policy: Policy) -> int | None:
         """Return after how many steps a hand-off with a mask switches for good."""
         return self._steps_before(policy) if isinstance(policy.cache, MaskCache) else None
+
+    def _ranked(self, policy: Policy) -> int | None:
+        """Return how many steps a hand-off by disagreement without a cache leaves to the large."""
+        if policy.cache is not None or not isinstance(policy.handoff, BandedHandoff):
+            return None
+        return self._space.steps - len(small_steps(policy.handoff, self._space.sigmas))
 
     def _steps_before(self, policy: Policy) -> int | None:
         handoff = policy.handoff

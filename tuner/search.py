@@ -187,14 +187,17 @@ def search_speedup(outcomes: Sequence[Outcome]) -> float:
     """Return the median speedup of the pairs, but no more than the work that was left out allows.
 
     With few pairs on a shared machine a lucky ratio would otherwise lead the sampler astray. A
-    trial that was given up before its pair is taken to be as fast as its work suggests.
+    trial that was given up before its pair is taken to be as fast as its work suggests; blocks of
+    two sizes do not add up, so that a hand-off is then compared with the reference videos.
     """
     work_ratio = max(o.summary.work_ratio for o in outcomes)
+    small = any(o.summary.small_forwards for o in outcomes)
     pairs = [(o.baseline_ms, o.tuned_ms) for o in outcomes if o.baseline_ms is not None]
+    if not pairs and small:
+        pairs = [(o.earlier_ms, o.tuned_ms) for o in outcomes if o.earlier_ms is not None]
     if not pairs:
         return work_ratio
     measured = paired_speedup([b for b, _ in pairs], [t for _, t in pairs]).median
-    small = any(o.summary.small_forwards for o in outcomes)  # blocks of two sizes do not add up
     return measured if small else min(measured, work_ratio)
 
 

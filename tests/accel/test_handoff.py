@@ -298,3 +298,13 @@ def test_without_guidance_a_given_hand_off_still_works(
     with accelerate(pipe, Policy(handoff=Handoff(sigma=0.5)), small=small) as applied:
         assert not torch.equal(plain, generate(pipe, guidance_scale=1.0))
         assert 0 < applied.summary().small_forwards < STEPS
+
+
+def test_a_call_that_is_all_the_small_models_says_so(
+    pipe: WanPipeline, small: nn.Module, generate: Generate
+) -> None:
+    policy = Policy(handoff=BandedHandoff(bands=((1000.0, 0.0),)))
+    with accelerate(pipe, policy, small=small) as applied:
+        generate(pipe)
+        (trip,) = applied.summary().trips
+    assert f"the large model ran none of {STEPS} steps" in trip

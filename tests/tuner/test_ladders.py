@@ -88,3 +88,24 @@ def test_where_no_hand_off_holds_none_is_dwelt_on(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("tests.tuner.test_ladders.world", lambda policy: policy.handoff is None)
     done = climbed(Space(with_curve(CURVE), handoff=True))
     assert sum(each.policy.handoff is not None for each in done) <= 12
+
+
+def test_where_no_switch_holds_the_steps_that_agree_best_are_handed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """T-Stitch's order comes out of a curve that rises: the small model first."""
+    space = Space(with_curve(RISING), handoff=True)
+
+    original = world
+
+    def first_steps_only(policy: Policy) -> bool:
+        if policy.handoff is None:
+            return original(policy)
+        small = small_steps(policy.handoff, space.sigmas)
+        return isinstance(policy.handoff, BandedHandoff) and max(small) < 9
+
+    monkeypatch.setattr("tests.tuner.test_ladders.world", first_steps_only)
+    done = [each.policy for each in climbed(space) if each.feasible]
+    handed = [policy for policy in done if policy.handoff is not None]
+    assert max(len(small_steps(policy.handoff, space.sigmas)) for policy in handed) == 9
+    assert any(policy.cache is not None for policy in handed)

@@ -226,6 +226,14 @@ def test_a_lucky_pair_cannot_beat_the_work_left_out() -> None:
     assert pytest.approx(2.0) == search_speedup(honest)
 
 
+def test_a_hand_off_that_was_given_up_early_is_as_fast_as_it_was() -> None:
+    summary = Summary(None, "", {}, 1, 1, 1, 1.0, 0, 0, ())  # one forward of the small model
+    seen = [Outcome(Case("a", 0), {"psnr": 10.0}, 50.0, None, summary, earlier_ms=200.0)]
+    assert search_speedup(seen) == 4.0
+    unknown = [Outcome(Case("a", 0), {"psnr": 10.0}, 50.0, None, summary)]
+    assert search_speedup(unknown) == 1.0
+
+
 def test_one_unlucky_pair_does_not_turn_the_order_of_work_around() -> None:
     def measured(number: int, work: float, speedup: float) -> Trial:
         reused: list[Action] = ["step"] * number
