@@ -13,10 +13,11 @@ import argparse
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.judged import Judged, decides, name_of
+from benchmarks.resumed import require_same
 from benchmarks.rows import Benchmark, Row, main
 from rich.console import Console
 
@@ -202,6 +203,7 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     sizes = _QUICK if arguments.quick else Sizes()
+    require_same(folder, {"sizes": asdict(sizes)})
     compared = Comparison(folder, sizes, arguments.device, console.print)
     found = compared.found()
     judged = compared.judged()

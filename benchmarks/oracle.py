@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 from benchmarks.masked import Attempt, MaskedVideos
+from benchmarks.resumed import require_same
 from benchmarks.rows import Benchmark, Row, main
 from torch import nn
 
@@ -193,6 +194,7 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
     cases = held_out_cases(source, Options())[: 1 if arguments.quick else _PROMPTS]
     logs = folder / "oracle"
     logs.mkdir(exist_ok=True)
+    require_same(logs, {})
     standing = Realised(source, comparison, logs / "realised.json")
     rivals = [standing.masks(case) for case in cases]
     if arguments.stop_before_search:

@@ -8,8 +8,10 @@ measured stays in `bench-out/peers` (`bench-out/peers-quick`), and the next run 
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.resumed import require_same
 from benchmarks.rows import Benchmark, Row, main
 from rich.console import Console
 
@@ -40,6 +42,7 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
         options = Options(
             trials=6, calibration=1, confirmation=2, confirmation_seeds=1, held_out=2, seeds=1
         )
+    require_same(folder, {"options": asdict(options)})
     floors = [parse_constraints(f"psnr>={m},psnr_worst>={m - _WORST_BELOW}") for m in means]
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     comparison = Bench(source, floors, folder, options, console.print).run()

@@ -90,7 +90,8 @@ class Ladders:
     def _by_disagreement(self, done: Sequence[Trial], caches: Bracket) -> Iterator[Proposal]:
         """Where no switch for good holds, the small model may still take the steps that agree best.
 
-        Of a curve that falls from the start these are the last ones, which were tried. Bisected over the large model's steps; then with a cache beside.
+        Of a curve that falls from the start these are the last ones, which were tried. Bisected
+        over the large model's steps; then with a cache beside.
         """
         space = self._space
         known = bracket(_levels(done, self._ranked), 1, space.steps)
