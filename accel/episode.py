@@ -66,7 +66,7 @@ class Episode:
         self.reason = match.reason if policy is None else _misfit(policy, where, small)
         self.policy = None if self.reason else policy
         self.reason = self.reason or match.reason
-        guided = guides(pipe)
+        guided = guides(pipe) is True
         if self.policy is not None and self.policy.cache is not None:
             self._plan = self._planned(self.policy.cache, where, model, guided)
         if self.policy is not None and self.policy.handoff is not None:

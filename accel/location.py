@@ -35,12 +35,12 @@ class Locator:
         self._step = -1
         self._branches: set[str] = set()
         self._conditions: list[weakref.ref[Tensor]] = []
-        self._guides: bool | None = None  # whether a batch holds both branches
+        self._both: bool | None = None  # whether a batch holds both branches
 
     def reset(self) -> None:
         """Take the next forward for the first of a call, whatever its step."""
         self._step, self._branches, self._conditions = -1, set(), []
-        self._guides = None
+        self._both = None
 
     def locate(self, context: Context | None, kwargs: Mapping[str, Any]) -> Where | None:
         """Return where a forward is, None if its branch cannot be told.
@@ -84,9 +84,9 @@ class Locator:
         """Return a branch's name; pipelines that batch both say so even where there is but one."""
         if branch != BATCHED:
             return branch
-        if self._guides is None or step == 0:
-            self._guides = guides(self._pipe)
-        return BATCHED if self._guides else COND
+        if self._both is None or step == 0:
+            self._both = guides(self._pipe) is not False
+        return BATCHED if self._both else COND
 
     def _scheduled_step(self, kwargs: Mapping[str, Any]) -> int | None:
         """Return the step that the scheduler is about to take."""

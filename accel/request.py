@@ -91,8 +91,8 @@ def observed(pipe: Any, latents: Tensor, steps: int) -> Request:
     )
 
 
-def guides(pipe: Any) -> bool:
-    """Whether the call that runs has a second, unconditional branch.
+def guides(pipe: Any) -> bool | None:
+    """Whether the call that runs has a second, unconditional branch, None if nothing says.
 
     Some pipelines say so in a property, others only in a variable of the call.
     """
@@ -100,7 +100,7 @@ def guides(pipe: Any) -> bool:
     if said is None:
         running = _running(pipe) or {}
         said = running.get("do_classifier_free_guidance", running.get("do_true_cfg"))
-    return bool(said)
+    return None if said is None else bool(said)
 
 
 def _request(pipe: Any, asked: Mapping[str, Any], count: int, guidance: bool) -> Request:

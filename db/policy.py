@@ -105,7 +105,7 @@ class RuleCache(Record):
 CachePolicy = Annotated[MaskCache | RuleCache, Field(discriminator="kind")]
 
 
-MAX_SIGMA = 1000.0
+MAX_SIGMA = 1000
 Sigma = Annotated[float, Field(gt=0, le=MAX_SIGMA)]  # a noise level, in the scheduler's own unit
 
 
