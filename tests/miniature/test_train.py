@@ -23,7 +23,6 @@ def recipe(steps: int = 2) -> Recipe:
         decoder_steps=2,
         shallow=Schedule(steps=steps, batch=4),
         large=Schedule(steps=1, batch=2),
-        young=Schedule(steps=steps, batch=4),
         small=Schedule(steps=steps, batch=4),
     )
 
