@@ -42,12 +42,13 @@ class Redundancy:
         """Take one forward; compares it with the same branch one step before."""
         self._sizes[seen.branch] = (byte_count(seen.output), seen.span_bytes)
         first = self._begins_step(seen)
-        if first or self._now is None:
+        if first:
             self._close()
             index = seen.step if seen.step is not None else self._count
             self._count = index + 1
             self._now = _Step(index, seen.sigma)
             self._sigmas[index] = seen.sigma
+        assert self._now is not None
         self._now.outputs[seen.branch] = seen.output
         if seen.sibling is not None:
             self._now.siblings[seen.branch] = seen.sibling

@@ -14,7 +14,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 STEPS = 12
 
@@ -66,6 +66,21 @@ def wan_pipeline(layers: int = 4, seed: int = 0) -> WanPipeline:
 @pytest.fixture
 def pipe() -> WanPipeline:
     return wan_pipeline()
+
+
+def two_experts(pipe: WanPipeline, second: nn.Module, boundary_ratio: float) -> WanPipeline:
+    """Return a pipeline that goes from a pipeline's transformer to a second one."""
+    two = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=pipe.scheduler,
+        transformer=pipe.transformer,
+        transformer_2=second,
+        boundary_ratio=boundary_ratio,
+    )
+    two.set_progress_bar_config(disable=True)
+    return two
 
 
 def tiny_vae() -> AutoencoderKLWan:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanPipeline
+from tests.conftest import two_experts
 from torch import nn
 
 from ditune.accel.apply import DISABLE_VARIABLE, accelerate
@@ -221,16 +222,8 @@ def test_handoff_equals_the_native_two_expert_switch(
         summary = applied.summary()
     assert 2 * (STEPS - large_steps) == summary.small_forwards
     boundary = float(times[large_steps - 1] + times[large_steps]) / 2
-    native = WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=None,
-        scheduler=pipe.scheduler,
-        transformer=pipe.transformer,
-        transformer_2=small,
-        boundary_ratio=boundary / pipe.scheduler.config.num_train_timesteps,
-    )
-    native.set_progress_bar_config(disable=True)
+    share = boundary / pipe.scheduler.config.num_train_timesteps
+    native = two_experts(pipe, small, share)
     assert torch.equal(generate(native), ours)
 
 

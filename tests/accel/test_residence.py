@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanPipeline
-from tests.conftest import STEPS, Generate, wan_transformer
+from tests.conftest import STEPS, Generate, two_experts, wan_transformer
 from torch import Tensor, nn
 
 from ditune.accel.apply import Applied, accelerate
@@ -44,18 +44,8 @@ def counted(*models: nn.Module, host: set[int]) -> int:
 
 
 def experts(pipe: WanPipeline) -> WanPipeline:
-    """Return a pipeline whose second expert takes the last half of the steps."""
-    two = WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=None,
-        scheduler=pipe.scheduler,
-        transformer=pipe.transformer,
-        transformer_2=wan_transformer(seed=2),
-        boundary_ratio=0.5,
-    )
-    two.set_progress_bar_config(disable=True)
-    return two
+    """Return a pipeline whose second expert takes the later steps."""
+    return two_experts(pipe, wan_transformer(seed=2), 0.5)
 
 
 @pytest.fixture
