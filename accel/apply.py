@@ -113,7 +113,8 @@ class Applied:
         self._matches: dict[Request, Match] = {}
         self._warned: set[str] = set()
         self._models: list[nn.Module] = []
-        require_movable(denoisers(pipe), offload)
+        small_model = None if self._small is None else self._small.model
+        require_movable(denoisers(pipe), small_model, offload)
         for model in denoisers(pipe):
             self._stack(model)  # refuses models without one before anything is attached
         for model in denoisers(pipe):
@@ -179,13 +180,15 @@ class Applied:
             self._warn("this pipeline does not say which guidance branch runs: it stays as it is")
             return hook.whole(module, *args, **kwargs)
         if self._locator.begins(where):
+            if self._locator.stands_still:
+                self._warn("the pipeline never steps its own scheduler: no step can be told apart")
             self._episode = self._begin(where, module, latents)
         episode = self._episode
         if episode is None or episode.policy is None:
             return hook.whole(module, *args, **kwargs)
         small = episode.small if episode.hands_over(where) else None
         stack = self._stack(module if small is None else small.model)
-        run = self._runner(hook, module, stack) if small is None else small
+        run = self._runner(hook, module, stack) if small is None else small.runner(stack)
 
         def compute(*, conditional_half: bool = False) -> Tensor:
             if self._residence is not None:
@@ -238,6 +241,8 @@ class Applied:
             self._warn(f"running without a policy: {episode.reason}")
         elif episode.policy.handoff is not None and self._residence is None:
             self._residence = self._moved(latents.device)
+        if self._residence is not None:
+            self._residence.begin()
         return episode
 
     def _moved(self, device: torch.device) -> Residence | None:
@@ -324,7 +329,8 @@ def accelerate(
             CogVideoX needs the pipeline: forwards are converted to its schedule and latent scale.
         offload: Where its weights are. "none": where you put them, which has to be the pipeline's
             device. "lazy": on the host until a call hands over. "swap": the large model leaves as
-            it comes, which breaks CUDA graphs.
+            it comes, which breaks CUDA graphs. Neither sees weights that change later: fuse
+            LoRAs before.
         db: The policy database; `$DITUNE_DB` or the user's data folder by default.
         tier: Which of several stored trade-offs.
 

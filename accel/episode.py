@@ -90,7 +90,7 @@ class Episode:
         place = Place(where.step, where.steps, where.branch, inputs.latents)
         sample = self._sample(where, place, stack, inputs.timestep, compute)
         if self._router is not None:
-            self._router.note(place, where.sigma, sample)
+            self._router.note(place, where, sample)
         return sample
 
     def _sample(
@@ -113,7 +113,7 @@ class Episode:
         if cache is None:
             cache = MixCache(self.policy.cache, stack, self.tally, where.steps)
             self._caches[id(stack)] = cache
-        action = self._plan.action(place, where.sigma, timestep, cache)
+        action = self._plan.action(place, where.flow_sigma, timestep, cache)
         return cache.forward(action, place, compute)
 
     @property

@@ -14,42 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ditune.accel.location import Where
 from ditune.accel.mixcache import Place, guided, input_like
+from ditune.accel.noise import Prediction, denoised, prediction_of
 from ditune.accel.payload import relative_l1
 from ditune.db.policy import AdaptiveHandoff, HandoffPolicy
-
-Prediction = Literal["flow", "velocity", "noise", "sample"]
-_TYPES: dict[str, Prediction] = {
-    "flow_prediction": "flow",
-    "v_prediction": "velocity",
-    "epsilon": "noise",
-    "sample": "sample",
-}
-
-
-def prediction_of(scheduler: Any) -> Prediction:
-    """Return what a scheduler takes a model's output for; flow where it says nothing."""
-    return _TYPES.get(str(getattr(scheduler.config, "prediction_type", None)), "flow")
-
-
-def denoised(latents: Tensor, output: Tensor, sigma: float, prediction: Prediction) -> Tensor:
-    """Return the estimate of the clean latents that an output stands for.
-
-    Args:
-        latents: What the model was given.
-        output: What it said, guided.
-        sigma: The noise level: of flow matching in [0, 1], else the ratio of noise to signal.
-        prediction: What the output is.
-    """
-    if prediction == "sample":
-        return output
-    if prediction == "flow":
-        return latents - sigma * output
-    signal = 1.0 / math.sqrt(1.0 + sigma**2)
-    noise = sigma * signal
-    if prediction == "velocity":
-        return signal * latents - noise * output
-    return (latents - noise * output) / signal
 
 
 class Falling:
@@ -80,7 +49,7 @@ class _Seen:
     """What the last step showed."""
 
     place: Place
-    sigma: float | None
+    where: Where
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -97,10 +66,10 @@ class Signal:
         self._seen: _Seen | None = None
         self._before: Tensor | None = None
 
-    def note(self, place: Place, sigma: float | None, sample: Tensor) -> None:
+    def note(self, place: Place, where: Where, sample: Tensor) -> None:
         """Take the output of one forward."""
         if self._seen is None or self._seen.place.step != place.step:
-            self._seen = _Seen(place, sigma)
+            self._seen = _Seen(place, where)
         self._seen.outputs[place.branch] = sample
 
     def change(self) -> tuple[int, Tensor | None] | None:
@@ -124,9 +93,11 @@ class Signal:
             return output
         if self._kind == "latent":
             return latents
-        if seen.sigma is None or latents.shape != output.shape:
+        flow = self._prediction == "flow"
+        sigma = seen.where.flow_sigma if flow else seen.where.sigma
+        if sigma is None or latents.shape != output.shape:
             return None
-        return denoised(latents, output, seen.sigma, self._prediction)
+        return denoised(latents, output, sigma, self._prediction)
 
 
 class Router:
@@ -156,10 +127,10 @@ class Router:
             self._small = self._decide(sigma)
         return self._small
 
-    def note(self, place: Place, sigma: float | None, sample: Tensor) -> None:
+    def note(self, place: Place, where: Where, sample: Tensor) -> None:
         """Take the output of one forward."""
         if self._signal is not None and not self._small:
-            self._signal.note(place, sigma, sample)
+            self._signal.note(place, where, sample)
 
     def _decide(self, sigma: float) -> bool:
         handoff = self._handoff

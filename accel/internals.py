@@ -23,6 +23,7 @@ from ditune.db.errors import UsageFault
 OLDEST = Version("0.42.0")
 TESTED = Version("0.42.1")
 HOOK_NAME = "ditune"
+_GROUP_OFFLOADING = "group_offloading"
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,25 @@ def require_supported() -> None:
             f"ditune needs diffusers {OLDEST} or newer for its hooks and found {found}: "
             f'run pip install "diffusers>={OLDEST}"'
         )
+
+
+def uncompiled(module: nn.Module) -> Callable[..., Any]:
+    """Return what calls a module without the code that `module.compile()` made of it."""
+    if module._compiled_call_impl is None:
+        return module
+    call: Callable[..., Any] = module._call_impl
+    return call
+
+
+def moved_by(model: nn.Module) -> str | None:
+    """Return which call of diffusers made a model's weights move by themselves, None if none."""
+    if getattr(model, "_hf_hook", None) is not None:
+        return "enable_model_cpu_offload"
+    for module in model.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        if registry is not None and registry.get_hook(_GROUP_OFFLOADING) is not None:
+            return "enable_group_offload"
+    return None
 
 
 def attach(module: nn.Module, hook: ForwardHook, name: str = HOOK_NAME) -> None:

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ditune.accel.internals import Context
 from ditune.accel.mixcache import BATCHED, COND
+from ditune.accel.noise import tells_ratios
 from ditune.accel.request import guides
 
+_ABORTED = 3  # interrupted calls in a row are no longer taken for that
 _CONDITIONS = ("encoder_hidden_states", "prompt_embeds", "encoder_hidden_states_t5")
 
 
@@ -24,6 +26,14 @@ class Where:
     step: int
     steps: int
     sigma: float | None
+    ratio: bool = False  # sigma is noise / signal, without a limit, not the share of flow matching
+
+    @property
+    def flow_sigma(self) -> float | None:
+        """The noise level as flow matching has it: 0 is clean, 1 is noise."""
+        if self.sigma is None or not self.ratio:
+            return self.sigma
+        return self.sigma / (1.0 + self.sigma)
 
 
 class Locator:
@@ -36,6 +46,7 @@ class Locator:
         self._branches: set[str] = set()
         self._conditions: list[weakref.ref[Tensor]] = []
         self._both: bool | None = None  # whether a batch holds both branches
+        self._standing = 0  # calls in a row that ended before their second step
 
     def reset(self) -> None:
         """Take the next forward for the first of a call, whatever its step."""
@@ -68,17 +79,30 @@ class Locator:
             step=step,
             steps=len(self._pipe.scheduler.timesteps) if steps is None else steps,
             sigma=self._sigma(step) if sigma is None else sigma,
+            ratio=tells_ratios(self._pipe.scheduler),
         )
 
     def begins(self, where: Where) -> bool:
         """Whether this is the first forward of a call: the step fell, or a branch came again."""
         again = where.step == self._step and where.branch in self._branches
         fresh = self._step < 0 or where.step < self._step or again
+        if where.step > 0:
+            self._standing = 0
+        elif again:
+            self._standing += 1
         if fresh or where.step != self._step:
             self._branches = set()
         self._step = where.step
         self._branches.add(where.branch)
         return fresh
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether one call after the other seems to end at its first step.
+
+        So it looks where a pipeline steps copies of its scheduler (SkyReels' diffusion forcing).
+        """
+        return self._standing >= _ABORTED
 
     def _named(self, branch: str, step: int) -> str:
         """Return a branch's name; pipelines that batch both say so even where there is but one."""

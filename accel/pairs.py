@@ -75,6 +75,11 @@ def differences(large: Mapping[str, Config], small: Mapping[str, Config]) -> lis
     return [each for each in found if not (converts and each.field in _CONVERTIBLE)]
 
 
+def unknown(large: Mapping[str, Config], small: Mapping[str, Config]) -> list[str]:
+    """Return the parts that cannot be compared, because one of the two does not have them."""
+    return [part for part in _FIELDS if part not in large or part not in small]
+
+
 def converted(large: Mapping[str, Config], small: Mapping[str, Config]) -> list[Difference]:
     """Return in what two models differ that pair nevertheless: every forward is converted."""
     if not _converts(large, small):

@@ -1,7 +1,8 @@
 """Where the weights of two models are while one takes over from the other.
 
 Weights are copied to the host once. From then on a model leaves the device by letting go of its
-copy there, without a transfer, and comes back with one.
+copy there, without a transfer, and comes back with one: what changes them (`fuse_lora`) has to come
+before.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ditune.accel.internals import moved_by
 from ditune.accel.payload import byte_count
 from ditune.db.errors import UsageFault
 
@@ -90,7 +92,7 @@ class Residence:
         self._small = Weights(small, device)
         self._large = Weights(large[0], device) if self._swaps else None
         self._large_bytes = sum(map(weight_bytes, large))
-        self.peak_bytes = 0
+        self.peak_bytes = 0  # of the call that runs, or of the last one
         self.leave()
 
     def require(self, *, small: bool) -> None:
@@ -100,6 +102,11 @@ class Residence:
             (self._small if small else self._large).bring()
         elif small:
             self._small.bring()
+        self._count()
+
+    def begin(self) -> None:
+        """Count anew, for a call that begins."""
+        self.peak_bytes = 0
         self._count()
 
     def leave(self) -> None:
@@ -113,7 +120,7 @@ class Residence:
         self.peak_bytes = max(self.peak_bytes, large + self._small.device_bytes)
 
 
-def require_movable(models: Sequence[nn.Module], offload: Offload) -> None:
+def require_movable(models: Sequence[nn.Module], small: nn.Module | None, offload: Offload) -> None:
     """Refuse to move the weights of a pipeline's denoisers where that cannot go well.
 
     Raises:
@@ -126,9 +133,13 @@ def require_movable(models: Sequence[nn.Module], offload: Offload) -> None:
             f'offload="swap" moves one large model and this pipeline has {len(models)}: '
             'use offload="lazy"'
         )
-    if offload == "swap" and any(getattr(model, "_hf_hook", None) for model in models):
+    moved = next(filter(None, map(moved_by, models)), None)
+    if offload == "swap" and moved is not None:
+        raise UsageFault(f'the pipeline moves its models by itself ({moved}): use offload="lazy"')
+    moved = None if small is None else moved_by(small)
+    if offload != "none" and moved is not None:
         raise UsageFault(
-            'the pipeline moves its models by itself (enable_model_cpu_offload): use offload="lazy"'
+            f'the small model\'s weights move by themselves ({moved}): leave offload at "none"'
         )
 
 

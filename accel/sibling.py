@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ditune.accel.conversion import Conversion, NoiseSchedule
-from ditune.accel.internals import Output, latents_of
+from ditune.accel.internals import Output, latents_of, moved_by, uncompiled
 from ditune.accel.pairs import configs_of, converted, require_pair
+from ditune.accel.spans import BlockStack
 from ditune.db.errors import UsageFault
 
 _CONTROL_SCALES = "control_hidden_states_scale"
@@ -47,21 +49,36 @@ class Sibling:
         large_configs, small_configs = configs_of(pipe), configs_of(small)
         names = (type(pipe).__name__, type(small).__name__)
         require_pair(large_configs, small_configs, names)
+        _require_alike(getattr(pipe, "transformer", None) or pipe, model)
         if not converted(large_configs, small_configs):
             return cls(model)
         return cls(model, Conversion(_schedule(pipe), _schedule(small)))
 
+    def runner(self, stack: BlockStack) -> Callable[..., Any]:
+        """Return what runs it; a model compiled as a whole would not see stand-ins for blocks."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            model = uncompiled(self.model) if stack.replaced else self.model
+            return self._answer(model, args, kwargs)
+
+        return run
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the large model might have returned."""
+        return self._answer(self.model, args, kwargs)
+
+    def _answer(
+        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         kwargs = self._scaled(kwargs)
         if self._conversion is None:
-            return self.model(*args, **kwargs)
+            return model(*args, **kwargs)
         latents, timestep = latents_of(args, kwargs), kwargs["timestep"]
         asked, at = self._conversion.asked(latents, timestep)
         given = {**kwargs, "hidden_states": asked, "timestep": at}
         if not self._rotates:
             given["image_rotary_emb"] = None
-        output = Output.of(self.model(**given))
+        output = Output.of(model(**given))
         return output.rebuild(self._conversion.answered(latents, timestep, output.sample))
 
     def _scaled(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -83,11 +100,22 @@ class Sibling:
             UsageFault: They are elsewhere.
         """
         found = next(self.model.parameters()).device
-        if found != device:
+        if found != device and moved_by(self.model) is None:
             raise UsageFault(
                 f"the small model is on {found} and the pipeline runs on {device}: move it there, "
                 'or let it come when it is needed with accelerate(..., offload="lazy")'
             )
+
+
+def _require_alike(large: Any, small: nn.Module) -> None:
+    """Refuse a small model that computes in another floating-point type."""
+    found = [getattr(model, "dtype", None) for model in (large, small)]
+    floating = [dtype for dtype in found if dtype is not None and dtype.is_floating_point]
+    if len(set(floating)) == 2:
+        raise UsageFault(
+            f"the small model is in {floating[1]} and the large one in {floating[0]}: load it "
+            f"with torch_dtype={floating[0]}"
+        )
 
 
 def _schedule(pipe: Any) -> NoiseSchedule:

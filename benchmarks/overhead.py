@@ -2,7 +2,8 @@
 
 CPU time of single forwards of the miniature, in short videos with the policy and without in turn:
 what a step costs does not depend on how many there are. A mask decides nothing; rules measure and
-remember at every step.
+remember at every step. With `--instructions` the instructions of such videos are counted instead:
+half an hour, on a machine that may do other work.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.instructions import counted
 from benchmarks.rows import Benchmark, Row, main
 from scipy import stats
 
@@ -24,7 +28,7 @@ from ditune.db.records import Interval
 from ditune.miniature.system import MiniatureSource
 from ditune.profiler.statistics import paired_speedup
 
-_STEPS = 10
+SHORT = 10  # steps of a video
 _LIMIT = 1.01
 _NEVER = 1e-9  # an indicator's threshold at which every step is computed
 
@@ -71,15 +75,18 @@ class Clock:
 
 def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
     """Time the forwards of every kind of policy, the model's own and all that is around it."""
+    if arguments.instructions:
+        _count(benchmark)
+        return
     quieten_libraries()
     source = MiniatureSource()
-    source.call["num_inference_steps"] = _STEPS
+    source.call["num_inference_steps"] = SHORT
     pairs = 6 if arguments.quick else 24
-    benchmark.conditions["measure"] = f"CPU time of every forward, {_STEPS} steps a video"
+    benchmark.conditions["measure"] = f"CPU time of every forward, {SHORT} steps a video"
     benchmark.conditions["around"] = "all forwards with the policy / the model's own part of them"
     benchmark.conditions["inside"] = "interleaved medians, forward with the policy / plain forward"
     _generate(source, 0)
-    for name, policy in policies(_STEPS).items():
+    for name, policy in policies(SHORT).items():
         around, tuned, plain = [], [], []
         for index in range(pairs):
             plain += _timed(source, None, index)[0]
@@ -89,6 +96,26 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
         shares = paired_speedup([outer for outer, _ in around], [inner for _, inner in around])
         _add(benchmark, f"{name}: around the forward", shares)
         _add(benchmark, f"{name}: inside and around", _ratio_of_medians(tuned, plain))
+
+
+def _count(benchmark: Benchmark) -> None:
+    """Compare counts of instructions; of several videos the dearest is shown."""
+    benchmark.conditions["measure"] = f"instructions, {SHORT} steps a video, latents out"
+    with TemporaryDirectory() as folder:
+        counts = counted("benchmarks._overhead_counted", Path(folder))
+    plain = {piece.split()[0]: n for piece, n in counts.items() if piece.endswith(" plain")}
+    for name in policies(SHORT):
+        ratios = [counts[f"{index} {name}"] / n for index, n in plain.items()]
+        held = max(ratios) <= _LIMIT
+        figure = f"{name}: instructions"
+        target = f"<= {_LIMIT}"
+        benchmark.add(Row(figure, max(ratios), "x", target, held, n=len(ratios)))
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--instructions", action="store_true", help="count instructions; needs valgrind"
+    )
 
 
 def _add(benchmark: Benchmark, figure: str, cost: Interval) -> None:
@@ -111,7 +138,7 @@ def _timed(
             model.forward = outer
         _generate(source, index)
         if applied is not None:
-            assert applied.summary().steps == {"full": _STEPS}
+            assert applied.summary().steps == {"full": SHORT}
     finally:
         if applied is not None:
             model.forward = outer.function
@@ -138,4 +165,4 @@ def _ratio_of_medians(tuned: Sequence[float], plain: Sequence[float]) -> Interva
 
 
 if __name__ == "__main__":
-    main("overhead", measure, __doc__ or "")
+    main("overhead", measure, __doc__ or "", _options)

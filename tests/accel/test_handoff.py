@@ -21,8 +21,10 @@ from tests.conftest import STEPS, Generate, wan_pipeline, wan_transformer
 from torch import nn
 
 from ditune.accel.apply import accelerate
-from ditune.accel.handoff import Falling, Prediction, Router, Signal, denoised, prediction_of
+from ditune.accel.handoff import Falling, Router, Signal
+from ditune.accel.location import Where
 from ditune.accel.mixcache import Place
+from ditune.accel.noise import Prediction, denoised, prediction_of, tells_ratios
 from ditune.db.policy import (
     Action,
     AdaptiveHandoff,
@@ -115,7 +117,7 @@ def gaussian(shift: float, delta: float, values: int = 200_000) -> int:
             return step - 1
         clean = (1.0 - sigma) * spread / ((1.0 - sigma) ** 2 * spread + sigma**2) * latents
         output = (latents - clean) / sigma
-        router.note(Place(step, 50, "cond", latents), sigma, output)
+        router.note(Place(step, 50, "cond", latents), Where("cond", step, 50, sigma), output)
         latents = latents + (sigmas[step + 1] - sigma) * output
     raise AssertionError("it never switched")
 
@@ -153,6 +155,35 @@ def test_schedulers_say_what_outputs_are() -> None:
     assert prediction_of(UniPCMultistepScheduler(**flow)) == "flow"
 
 
+def test_schedulers_say_what_noise_levels_are() -> None:
+    cosmos = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    assert not tells_ratios(cosmos)
+    cosmos.register_to_config(sigma_max=80.0)
+    assert tells_ratios(cosmos)
+    assert tells_ratios(CogVideoXDDIMScheduler(prediction_type="v_prediction"))
+    assert tells_ratios(UniPCMultistepScheduler())
+    assert not tells_ratios(UniPCMultistepScheduler(use_flow_sigmas=True))
+
+
+def test_a_ratio_is_read_as_a_share_where_outputs_are_flows() -> None:
+    """Cosmos Predict 2 divides its latents by 1 + sigma: they are flow matching's at the share."""
+    clean, noise = torch.randn(2, 1, 3, 4, generator=torch.Generator().manual_seed(2)).double()
+    found = []
+    for ratio in (True, False):
+        signal = Signal("denoised", "flow", scale=1.0)
+        for step, share in enumerate((0.9, 0.4)):
+            latents = (1.0 - share) * clean * (step + 1) + share * noise
+            sigma = share / (1.0 - share) if ratio else share
+            where = Where("cond", step, 2, sigma, ratio)
+            signal.note(Place(step, 2, "cond", latents), where, noise - clean * (step + 1))
+            last = signal.change()
+        assert last is not None
+        assert last[1] is not None
+        found.append(float(last[1]))
+    assert found[0] == pytest.approx(found[1])
+    assert found[1] == pytest.approx(float(torch.tanh(torch.tensor(1.0))))
+
+
 @pytest.mark.parametrize("kind", ["denoised", "latent", "output"])
 def test_branches_are_guided_in_any_order_and_form(kind: Any) -> None:
     random = torch.Generator().manual_seed(0)
@@ -167,7 +198,7 @@ def test_branches_are_guided_in_any_order_and_form(kind: Any) -> None:
             outputs["cond_uncond"] = torch.stack([uncond[step], cond[step]])
             for branch in form:
                 place = Place(step, 2, branch, latents[step][None].expand_as(outputs[branch]))
-                signal.note(place, 0.9 - 0.1 * step, outputs[branch])
+                signal.note(place, Where(branch, step, 2, 0.9 - 0.1 * step), outputs[branch])
             last = signal.change()
         assert last is not None
         step, change = last

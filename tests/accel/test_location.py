@@ -72,3 +72,19 @@ def test_a_call_begins_when_the_step_falls_or_a_branch_returns(
     first = [(branch, step) for step in range(3) for branch in ("cond", "uncond")]
     assert [begins(*place) for place in first] == [True] + [False] * 5
     assert [begins(*place) for place in again][-1]
+
+
+def test_a_scheduler_that_is_never_stepped_is_noticed() -> None:
+    """SkyReels' diffusion forcing steps copies of its own: every step looks like the first."""
+    locator = Locator(pipe(FlowMatchEulerDiscreteScheduler()))
+
+    def forward(branch: str, step: int) -> bool:
+        where = locator.locate(Context(branch, step, STEPS, 0.5), {})
+        assert where is not None
+        locator.begins(where)
+        return locator.stands_still
+
+    interrupted = [forward(branch, 0) for _ in range(3) for branch in ("cond", "uncond")]
+    assert not any(interrupted)
+    assert forward("cond", 0)
+    assert not forward("cond", 1)

@@ -227,3 +227,22 @@ def test_a_small_model_elsewhere_is_noticed_before_the_first_step(
         pytest.raises(UsageFault, match="the small model is on meta"),
     ):
         generate(pipe)
+
+
+def test_what_moves_by_itself_is_left_alone(pipe: WanPipeline, generate: Generate) -> None:
+    small = wan_transformer(layers=2)
+    alone = wan_transformer(layers=2, seed=7)
+    for model in (pipe.transformer, alone):
+        model.enable_group_offload(
+            onload_device=CPU,
+            offload_device=CPU,
+            offload_type="block_level",
+            num_blocks_per_group=1,
+        )
+    with pytest.raises(UsageFault, match=r'enable_group_offload.*use offload="lazy"'):
+        accelerate(pipe, Policy(), small=small, offload="swap")
+    with pytest.raises(UsageFault, match='leave offload at "none"'):
+        accelerate(pipe, Policy(), small=alone, offload="lazy")
+    with accelerate(pipe, handoff(pipe), small=alone) as applied:
+        generate(pipe)
+        assert applied.summary().small_forwards

@@ -189,6 +189,7 @@ def test_doctor_says_what_keeps_two_models_apart(command: Any, tmp_path: Path) -
     assert not said(large, small)
     assert json.loads(command("doctor", "--json", "--pair", large, small)[1])["pair"] == {
         "fits": True,
+        "not_compared": ["vae", "scheduler"],
         "converted": [],
         "weight_bytes": None,  # there are no weights in the folders
     }
@@ -197,7 +198,9 @@ def test_doctor_says_what_keeps_two_models_apart(command: Any, tmp_path: Path) -
         weights.write_bytes(bytes(size))
     seen = json.loads(command("doctor", "--json", "--pair", large, small)[1])["pair"]
     assert seen["weight_bytes"]["swap"] == {"before": 3, "after": 1}
-    assert 'offload="swap": weights' in command("doctor", "--pair", large, small)[1]
+    shown = command("doctor", "--pair", large, small)[1]
+    assert 'offload="swap": weights' in shown
+    assert "not compared: vae and scheduler" in shown
     assert "transformer.patch_size: 2 against 1" in said(large, other)[0]
     assert "transformer size" in said(small, large)[0]
     assert command("doctor", "--pair", large, str(tmp_path))[0] == 2

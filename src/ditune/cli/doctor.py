@@ -67,7 +67,7 @@ def _paired(large: Path, small: Path) -> tuple[list[str], dict[str, Any]]:
 
     Nothing but configurations is read; the size of weights is that of their files.
     """
-    from ditune.accel.pairs import configs_in, converted, differences
+    from ditune.accel.pairs import configs_in, converted, differences, unknown
     from ditune.accel.residence import OFFLOADS, peak_weight_bytes
 
     configs = configs_in(large), configs_in(small)
@@ -79,6 +79,7 @@ def _paired(large: Path, small: Path) -> tuple[list[str], dict[str, Any]]:
     peaks = {mode: peak_weight_bytes(sizes[0], sizes[1], mode) for mode in OFFLOADS}
     known = {
         "fits": not found,
+        "not_compared": unknown(*configs),
         "converted": [str(each) for each in converted(*configs)],
         "weight_bytes": {m: {"before": p[0], "after": p[1]} for m, p in peaks.items()}
         if all(sizes)
@@ -89,6 +90,9 @@ def _paired(large: Path, small: Path) -> tuple[list[str], dict[str, Any]]:
 
 def _show_pair(console: Console, paired: dict[str, Any]) -> None:
     console.print(f"{'pair':<16} {'fits' if paired['fits'] else 'does not fit'}")
+    if paired["not_compared"]:
+        parts = " and ".join(paired["not_compared"])
+        console.print(f"{'':<16} not compared: {parts}, which is not in both folders")
     for difference in paired["converted"]:
         console.print(f"{'':<16} converted at every forward: {escape(difference)}")
     for offload, weights in (paired["weight_bytes"] or {}).items():
