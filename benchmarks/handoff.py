@@ -30,7 +30,7 @@ from ditune.profiler.record import record
 from ditune.profiler.statistics import counts_lower_bound, paired_speedup
 from ditune.tuner.confirm import missed
 from ditune.tuner.evaluate import Case, Evaluator, cases_of
-from ditune.tuner.handoffs import edge
+from ditune.tuner.handoffs import edge, small_steps, switched
 from ditune.tuner.measurements import Measurement, Measurements
 from ditune.tuner.quality import parse_constraints
 from ditune.tuner.search import Budget, candidates
@@ -43,7 +43,7 @@ _ALONE, _BOTH = 2.5, 4.0  # speedups to reach
 _CACHE, _HANDOFF, _JOINT = "cache only", "hand-off only", "both"
 _FIRST, _GOOD, _SMALL = "small model first", "switch for good", "small model alone"
 _DELTAS = (0.01, 0.03)  # of the official adaptive rule
-_SHARES = (0.8, 0.6, 0.4, 0.2, 0.1, 0.04)  # of the steps, where the small model comes first
+_SHARES = (0.8, 0.6, 0.4, 0.2, 0.1, 0.04)  # of the steps, that come first
 _LOOKS = (25, 100, 200)  # videos after which a proof may end early
 _IN_TURN = "in turn"
 _SEARCH_SEED, _PROOF_SEED, _HELD_OUT_SEED = 1_000, 600_000, 900_000
@@ -217,33 +217,37 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
     for policy in chosen.values():
         judged.differences(policy, compared.held_out)
     batches_only = arguments.device != "cpu"
-    rivals = {
-        name: policy
+    proved = {
+        name: compared.proved(name, policies, judged)
         for name, policies in rival_policies(found).items()
         if not (batches_only and any(map(decides, policies)))
-        and (policy := compared.proved(name, policies, judged)) is not None
     }
     if batches_only:
         return
+    rivals = {name: policy for name, policy in proved.items() if policy is not None}
     compared.time({**chosen, **rivals, _SMALL: small_alone()})
+    for name in proved.keys() - rivals.keys():
+        benchmark.add(Row(f"{name}: nothing was proved", 1.0, "x"))
     report(benchmark, compared, chosen, rivals)
 
 
 def rival_policies(found: Found) -> dict[str, list[Policy]]:
     """Return what is compared with, the fastest first: each stands with the first that is proved.
 
-    The switch for good and the adaptive rules are in our search too; here they stand alone.
+    The switch for good and the adaptive rules are in our search too; here they stand alone, and the
+    switches that it found are added to an even choice.
     """
     steps = len(found.sigmas)
-    counts = [round(steps * share) for share in _SHARES]
-    switches = [
-        policy
+    counts = [count for share in _SHARES if 0 < (count := round(steps * share)) < steps]
+    switches = {
+        steps - len(small_steps(policy.handoff, found.sigmas))
         for policy in found.of_kind(_HANDOFF)
         if isinstance(policy.handoff, Handoff) and policy.handoff.until is None
-    ]
+    }
+    good = [switched(found.sigmas, large) for large in sorted({*counts, *switches})]
     return {
-        _FIRST: [small_first(found.sigmas, count) for count in counts if 0 < count < steps],
-        _GOOD: switches,
+        _FIRST: [small_first(found.sigmas, count) for count in sorted(counts, reverse=True)],
+        _GOOD: [Policy(handoff=handoff) for handoff in good if handoff is not None],
         **{f"adaptive {d}": [Policy(handoff=AdaptiveHandoff(delta=d))] for d in _DELTAS},
     }
 
