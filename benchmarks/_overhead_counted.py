@@ -4,43 +4,48 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from benchmarks.instructions import Counter
-from benchmarks.overhead import SHORT, policies
+from benchmarks.overhead import FORWARD, PLAIN, SHORT, policies
 
 from ditune.accel.apply import accelerate
 from ditune.cli.sources import quieten_libraries
 from ditune.miniature.system import MiniatureSource
 
-VIDEOS = 2
+
+def count_forward(source: MiniatureSource, counter: Counter) -> None:
+    """Count one forward of the large model."""
+    model = source.pipe.transformer
+    latents, text = torch.randn(1, 16, 13, 4, 4), torch.randn(1, 8, 64)
+    with torch.no_grad():
+        model(latents, torch.tensor([500]), text)
+        with counter.piece(FORWARD):
+            model(latents, torch.tensor([500]), text)
 
 
-def run(folder: Path) -> None:
-    """Count the denoising of the same videos with every policy, and without one."""
-    quieten_libraries()
-    source = MiniatureSource()
+def count_videos(source: MiniatureSource, counter: Counter) -> None:
+    """Count the denoising of one video without a policy and with every one, when all is warm."""
     source.call.update(num_inference_steps=SHORT, output_type="latent")
-    counter = Counter(folder)
-    _denoise(source.pipe, source, 0)
-    for index in range(VIDEOS):
-        with counter.piece(f"{index} plain"):
-            _denoise(source.pipe, source, index)
+    _denoise(source)
+    with counter.piece(PLAIN):
+        _denoise(source)
     for name, policy in policies(SHORT).items():
-        applied = accelerate(source.pipe, policy)
-        _denoise(source.pipe, source, 0)
-        for index in range(VIDEOS):
-            with counter.piece(f"{index} {name}"):
-                _denoise(source.pipe, source, index)
+        with accelerate(source.pipe, policy) as applied:
+            _denoise(source)
+            with counter.piece(name):
+                _denoise(source)
             assert applied.summary().steps == {"full": SHORT}
-        applied.remove()
 
 
-def _denoise(pipe: Any, source: MiniatureSource, index: int) -> None:
-    generator = torch.Generator().manual_seed(index)
-    pipe(prompt=source.held_out[index], generator=generator, **source.call)
+def _denoise(source: MiniatureSource) -> None:
+    generator = torch.Generator().manual_seed(0)
+    source.pipe(prompt=source.held_out[0], generator=generator, **source.call)
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]))
+    quieten_libraries()
+    miniature, instructions = MiniatureSource(), Counter(Path(sys.argv[1]))
+    count_forward(miniature, instructions)
+    if sys.argv[2:] == ["videos"]:
+        count_videos(miniature, instructions)
