@@ -17,7 +17,7 @@ from ditune.tuner.evaluate import Case
 from ditune.tuner.measurements import Measurement, Measurements
 
 _BY = "judge"
-_TOGETHER = {"cpu": 2, "cuda": 200}  # videos of one call
+_TOGETHER = {"cpu": 20, "cuda": 200}  # videos of one call
 
 Difference = Mapping[str, float]
 

@@ -21,7 +21,7 @@ def parts() -> tuple[codec.PatchPca, torch.Tensor]:
 def trainer(parts: tuple[codec.PatchPca, torch.Tensor], steps: int) -> FlowTrainer:
     torch.manual_seed(1)
     model = architecture.transformer("small", 2)
-    return FlowTrainer(model, *parts, Schedule(steps=steps, batch=4, warmup_steps=1), seed=0)
+    return FlowTrainer(model, *parts, Schedule(steps=steps, batch=4, warmup_steps=1))
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(
@@ -63,3 +63,21 @@ def test_the_text_encoder_learns_to_spell_its_caption() -> None:
     assert table.shape == (481, 8, 64)
     assert not torch.equal(table[0], table[1])
     assert torch.count_nonzero(table[-1, 1:]) == 0  # the empty prompt is one token, then padding
+
+
+def test_a_schedule_says_which_noise_levels_are_seen(
+    parts: tuple[codec.PatchPca, torch.Tensor],
+) -> None:
+    model = architecture.transformer("small", 1)
+
+    def first(below: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        schedule = Schedule(steps=1, batch=64, below=below)
+        batch = FlowTrainer(model, *parts, schedule)._next_batch()
+        return batch.clean, batch.sigma
+
+    clean, sigma = first()
+    assert float(sigma.max()) > 0.8
+    again, quieter = first(below=0.5)
+    assert torch.equal(again, clean)
+    assert torch.equal(quieter[1::2], sigma[1::2])
+    torch.testing.assert_close(quieter[::2], sigma[::2] * 0.5)

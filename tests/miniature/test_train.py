@@ -23,7 +23,8 @@ def recipe(steps: int = 2) -> Recipe:
         decoder_steps=2,
         shallow=Schedule(steps=steps, batch=4),
         large=Schedule(steps=1, batch=2),
-        small=Schedule(steps=steps, batch=4),
+        young=Schedule(steps=steps, batch=4),
+        small=Schedule(steps=steps, batch=4, below=0.5),
     )
 
 

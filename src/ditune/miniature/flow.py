@@ -39,13 +39,14 @@ class _Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train: learning rates fall in a line from `start` to `end`."""
+    """How long, how fast and on what: learning rates fall in a line from `start` to `end`."""
 
     steps: int
     batch: int
     start: float = 1.0
     end: float = 0.0
     warmup_steps: int = 50
+    below: float = 1.0  # half of the noise levels are scaled to end here
 
     def rate(self, step: int) -> float:
         """Return the factor on both learning rates at a step."""
@@ -90,7 +91,6 @@ class FlowTrainer:
         pca: PatchPca,
         text: Tensor,
         schedule: Schedule,
-        seed: int,
         *,
         compiled: bool = False,
     ) -> None:
@@ -100,8 +100,7 @@ class FlowTrainer:
             model: The denoiser, trained in place on the device that it is on.
             pca: The codec's encoder.
             text: Prompt embeddings [481, tokens, width], the empty prompt last.
-            schedule: Steps, batch size and learning rates.
-            seed: Of data, noise and dropout.
+            schedule: Steps, batch size, learning rates and noise levels.
             compiled: Compile the blocks: needs a C++ compiler, and makes a step 1.5x faster.
         """
         self.model = model.train()
@@ -110,7 +109,6 @@ class FlowTrainer:
         self.device = next(model.parameters()).device
         self.text = text.to(self.device)
         self.schedule = schedule
-        self.seed = seed
         self.step = 0
         ahead = 1 if self.device.type == "cpu" else os.cpu_count() or 1
         self._renderers = ThreadPoolExecutor(ahead)
@@ -170,12 +168,13 @@ class FlowTrainer:
         return self._rendered.pop(self.step).result()
 
     def _batch(self, step: int) -> _Batch:
-        """Return fresh clips with noise; noise levels lean to the noisy half.
+        """Return fresh clips with noise; noise levels lean to the noisier ones.
 
-        They follow from seed, step and rank alone: resuming needs no generator's state.
+        They follow from step and rank alone, the same in every run: resuming needs no generator's
+        state.
         """
         count = self.schedule.batch // self.processes
-        generator = torch.Generator().manual_seed((self.seed << 40) + (step << 8) + self.rank)
+        generator = torch.Generator().manual_seed((step << 8) + self.rank)
         clips = render(count, generator)
         clean = self.pca.encode(clips.frames)
         subject = (clips.digit * len(COLOUR_NAMES) + clips.colour) * len(MOTIONS) + clips.motion
@@ -184,6 +183,7 @@ class FlowTrainer:
         sigma = torch.sigmoid(torch.randn(count, generator=generator) * 1.2 + 0.7)
         uniform = torch.rand(count, 2, generator=generator)
         sigma = torch.where(uniform[:, 0] < 0.1, uniform[:, 1], sigma)
+        sigma[::2] *= self.schedule.below
         noise = torch.randn(clean.shape, generator=generator)
         return _Batch(clean, noise, sigma, subject)
 

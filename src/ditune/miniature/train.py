@@ -28,7 +28,7 @@ from ditune.miniature.system import WEIGHTS
 
 SHALLOW_LAYERS = 10
 CHECKPOINT_EVERY = 100  # steps
-_DENOISERS = ("shallow", "large", "small")
+_DENOISERS = ("shallow", "large", "young", "small")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,10 @@ class Recipe:
     decoder_steps: int = 3000
     shallow: Schedule = field(default_factory=lambda: Schedule(steps=2000, batch=64, end=0.35))
     large: Schedule = field(default_factory=lambda: Schedule(steps=200, batch=64, start=0.35))
-    small: Schedule = field(default_factory=lambda: Schedule(steps=4000, batch=64))
+    young: Schedule = field(default_factory=lambda: Schedule(steps=4000, batch=64))
+    small: Schedule = field(
+        default_factory=lambda: Schedule(steps=2000, batch=64, start=0.6, below=0.55)
+    )
 
 
 class Run:
@@ -126,8 +129,13 @@ def large_stage(run: Run) -> None:
     _train_denoiser(run, "large")
 
 
+def young_stage(run: Run) -> None:
+    """Train the small model on all noise levels."""
+    _train_denoiser(run, "young")
+
+
 def small_stage(run: Run) -> None:
-    """Train the small model."""
+    """Train the small model on, half of it at the last noise levels, which it would spoil."""
     _train_denoiser(run, "small")
 
 
@@ -139,10 +147,12 @@ def _beginning(run: Run, stage: str) -> tuple[WanTransformer3DModel, Schedule]:
         shallow = WanTransformer3DModel.from_pretrained(run.folder / "shallow")
         layers = architecture.TRANSFORMERS["large"]["num_layers"]
         return flow.grow(shallow, "large", layers), settings.large
+    if stage == "small":
+        return WanTransformer3DModel.from_pretrained(run.folder / "young"), settings.small
     if stage == "shallow":
         model, schedule = architecture.transformer("large", SHALLOW_LAYERS), settings.shallow
     else:
-        model, schedule = architecture.transformer("small"), settings.small
+        model, schedule = architecture.transformer("small"), settings.young
     torch.nn.init.zeros_(model.proj_out.weight)
     return model, schedule
 
@@ -174,7 +184,7 @@ def _train_share(rank: int, run: Run, stage: str) -> None:
     """Train with checkpoints; leaves the moving average as a diffusers folder."""
     model, schedule = _beginning(run, stage)
     text = recipe.text_table(run.text())
-    trainer = FlowTrainer(model, run.pca(), text, schedule, run.recipe.seed, compiled=run.compiled)
+    trainer = FlowTrainer(model, run.pca(), text, schedule, compiled=run.compiled)
     checkpoint = run.folder / f"{stage}.checkpoint.pt"
     if checkpoint.exists():
         trainer.resume(checkpoint)
@@ -213,6 +223,7 @@ STAGES: dict[str, tuple[Callable[[Run], None], str]] = {  # name -> what runs, w
     "pca": (pca_stage, "pca.safetensors"),
     "judge": (judge_stage, "judge.safetensors"),
     "vae": (vae_stage, "vae"),
+    "young": (young_stage, "young"),
     "small": (small_stage, "small"),
     "shallow": (shallow_stage, "shallow"),
     "large": (large_stage, "large"),
