@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ditune.db.records import Profile
+from ditune.profiler.timing import OUTSIDE
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Milliseconds of one plain call; what no layer accounts for is the rest."""
+    """Milliseconds of one plain call; what lies outside of all layers is the rest."""
 
     text_encoder_ms: float
     transformer_ms: float
@@ -23,12 +24,15 @@ def parts_of(profile: Profile) -> Parts | None:
     denoising = sum(spent.get(name, 0.0) for name in ("transformer", "transformer_2"))
     if denoising <= 0.0:
         return None
-    text, decoder = spent.get("text_encoder", 0.0), spent.get("vae.decoder", 0.0)
-    # layers are timed in a call of their own, with clocks on: never more than the whole
-    scale = min(1.0, profile.total_ms / (denoising + text + decoder))
-    known = scale * (text + denoising + decoder)
-    rest = max(profile.total_ms - known, 0.0)
-    return Parts(scale * text, scale * denoising, scale * decoder, rest)
+    found = (
+        spent.get("text_encoder", 0.0),
+        denoising,
+        spent.get("vae.decoder", 0.0),
+        spent.get(OUTSIDE, 0.0),
+    )
+    # layers are timed in a call of their own, with clocks on: their shares count, not their sum
+    scale = profile.total_ms / sum(found)
+    return Parts(*(scale * part for part in found))
 
 
 def speedup_of_work(parts: Parts, work_ratio: float) -> float:

@@ -17,6 +17,7 @@ from ditune.db.records import LayerTiming
 from ditune.profiler.statistics import quantiles
 
 T = TypeVar("T")
+OUTSIDE = "outside of layers"  # the name under which a clock gives what no layer took
 
 
 def synchronize(device: torch.device) -> None:
@@ -37,6 +38,8 @@ def timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
 class LayerClock:
     """Collects the duration of every call of chosen modules while it is attached.
 
+    What lies outside of all of them is a gap: it is timed as such, because as a difference of sums
+    it would drown in the noise of what is large.
     On CUDA it records events and reads them once at the end, so nothing waits in between.
     """
 
@@ -45,6 +48,8 @@ class LayerClock:
         self._cuda = device.type == "cuda"
         self._spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
         self._started: dict[str, Any] = {}
+        self._gaps: list[tuple[Any, Any]] = []
+        self._idle_since: Any = None
 
     @contextmanager
     def attached(self, modules: dict[str, nn.Module]) -> Iterator[LayerClock]:
@@ -53,14 +58,16 @@ class LayerClock:
         for name, module in modules.items():
             handles.append(module.register_forward_pre_hook(self._enter(name)))
             handles.append(module.register_forward_hook(self._leave(name)))
+        self._idle_since = self._now()
         try:
             yield self
         finally:
+            self._gaps.append((self._idle_since, self._now()))
             for handle in handles:
                 handle.remove()
 
     def timings(self) -> tuple[LayerTiming, ...]:
-        """Return the layers in the order in which they first ran."""
+        """Return the layers in the order in which they first ran, and what was outside of them."""
         if self._cuda:
             torch.cuda.synchronize()
         found = []
@@ -70,6 +77,10 @@ class LayerClock:
             found.append(
                 LayerTiming(name=name, median_ms=p50, p20_ms=p20, p80_ms=p80, n=len(lasted))
             )
+        outside = sum(self._milliseconds(start, end) for start, end in self._gaps)
+        found.append(
+            LayerTiming(name=OUTSIDE, median_ms=outside, p20_ms=outside, p80_ms=outside, n=1)
+        )
         return tuple(found)
 
     def _now(self) -> Any:
@@ -85,13 +96,19 @@ class LayerClock:
 
     def _enter(self, name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            self._started[name] = self._now()
+            now = self._now()
+            if not self._started:
+                self._gaps.append((self._idle_since, now))
+            self._started[name] = now
 
         return hook
 
     def _leave(self, name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            self._spans[name].append((self._started.pop(name), self._now()))
+            now = self._now()
+            self._spans[name].append((self._started.pop(name), now))
+            if not self._started:
+                self._idle_since = now
 
         return hook
 

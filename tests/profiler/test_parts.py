@@ -5,18 +5,25 @@ from tests.tuner.test_search import profile
 
 from ditune.db.records import LayerTiming
 from ditune.profiler.parts import Parts, parts_of, speedup_of_work
+from ditune.profiler.timing import OUTSIDE
 
 
 def layer(name: str, median_ms: float, n: int) -> LayerTiming:
     return LayerTiming(name=name, median_ms=median_ms, p20_ms=1, p80_ms=9, n=n)
 
 
-def test_what_no_layer_accounts_for_is_the_rest() -> None:
-    layers = (layer("text_encoder", 5, 2), layer("transformer", 2, 40), layer("vae.decoder", 4, 1))
-    found = parts_of(profile().model_copy(update={"total_ms": 100.0, "layers": layers}))
-    assert found == Parts(10.0, 80.0, 4.0, 6.0)
-    slow_clocks = profile().model_copy(update={"total_ms": 47.0, "layers": layers})
-    assert parts_of(slow_clocks) == Parts(5.0, 40.0, 2.0, 0.0)
+def test_parts_share_a_call_as_they_shared_the_one_with_clocks() -> None:
+    """The call with clocks may run at another speed than those without: gaps must not grow."""
+    layers = (
+        layer("text_encoder", 5, 2),
+        layer("transformer", 2, 40),
+        layer("vae.decoder", 4, 1),
+        layer(OUTSIDE, 6, 1),
+    )
+    for total_ms in (100.0, 50.0, 300.0):
+        found = parts_of(profile().model_copy(update={"total_ms": total_ms, "layers": layers}))
+        share = total_ms / 100.0
+        assert found == Parts(10.0 * share, 80.0 * share, 4.0 * share, 6.0 * share)
 
 
 def test_a_profile_without_the_transformer_has_no_parts() -> None:
