@@ -63,11 +63,14 @@ class Ladders:
     def _hand_offs(self, done: Sequence[Trial], caches: Bracket) -> Iterator[Proposal]:
         """Bisect over the large model's steps, without a cache and with one.
 
-        Waiting beyond the step at which the two agree best is not worth a video.
+        Waiting beyond the step at which the two agree best is not worth a video. Where they agree
+        well from the start, the steps at which they do not come first, wherever those are.
         """
         space = self._space
         curve = space.disagreement
         never = space.steps if curve is None else min(latest(curve) + 1, space.steps)
+        if curve is not None and first_guess(curve) is None:
+            yield from self._by_disagreement(done, caches)
         levels = list(_levels(done, self._switch))
         alone = bracket(levels, 1, never)
         step = next_level(alone)
@@ -82,16 +85,14 @@ class Ladders:
             yield from self._around_both(both.held, caches)
         if alone.held < never:
             yield from self._around_alone(alone.held)
-        elif curve is not None and first_guess(curve) is None:
-            yield from self._by_disagreement(done, caches)
         for delta in _OFFICIAL:
             yield space.handed_over(handoff="adaptive", delta=delta)
 
     def _by_disagreement(self, done: Sequence[Trial], caches: Bracket) -> Iterator[Proposal]:
-        """Where no switch for good holds, the small model may still take the steps that agree best.
+        """The small model takes the steps that agree best, however they lie.
 
-        Of a curve that falls from the start these are the last ones, which were tried. Bisected
-        over the large model's steps; then with a cache beside.
+        Of a curve that falls from the start these are the last ones, as of a switch. Bisected over
+        the large model's steps; then with a cache beside.
         """
         space = self._space
         known = bracket(_levels(done, self._ranked), 1, space.steps)

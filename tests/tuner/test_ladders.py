@@ -90,6 +90,21 @@ def test_where_no_hand_off_holds_none_is_dwelt_on(monkeypatch: pytest.MonkeyPatc
     assert sum(each.policy.handoff is not None for each in done) <= 12
 
 
+def test_where_the_two_agree_from_the_start_the_steps_that_do_not_come_first() -> None:
+    """A late switch that holds must not keep a hand-off that gives more away from being tried."""
+    peaked = tuple(0.3 + 0.4 * (STEPS // 3 <= step < STEPS // 2) for step in range(STEPS))
+    space = Space(with_curve(peaked), handoff=True)
+    handed = [each.policy for each in climbed(space) if each.policy.handoff is not None]
+    assert isinstance(handed[0].handoff, BandedHandoff)
+    least = min(
+        (p for p in handed if p.cache is None and isinstance(p.handoff, BandedHandoff)),
+        key=lambda p: STEPS - len(small_steps(p.handoff, space.sigmas)) + 100 * (not world(p)),
+    )
+    taken = set(range(STEPS)) - set(small_steps(least.handoff, space.sigmas))
+    assert len(taken) == 5
+    assert {step for step, level in enumerate(peaked) if level > 0.5} <= taken
+
+
 def test_where_no_switch_holds_the_steps_that_agree_best_are_handed_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
