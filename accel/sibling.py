@@ -108,7 +108,12 @@ class Sibling:
 
 
 def _require_alike(large: Any, small: nn.Module) -> None:
-    """Refuse a small model that computes in another floating-point type."""
+    """Refuse a small model that computes in another floating-point type.
+
+    Quantised models may be mixed: they do not say in what they compute.
+    """
+    if any("quantization_config" in getattr(model, "config", {}) for model in (large, small)):
+        return
     found = [getattr(model, "dtype", None) for model in (large, small)]
     floating = [dtype for dtype in found if dtype is not None and dtype.is_floating_point]
     if len(set(floating)) == 2:

@@ -265,9 +265,12 @@ def test_a_small_pipeline_with_another_vae_is_refused() -> None:
 
 def test_a_small_model_in_another_type_is_refused() -> None:
     pipe = wan_pipeline(layers=4)
-    said = refused(pipe, wan_transformer(layers=2).to(torch.bfloat16))
+    small = wan_transformer(layers=2).to(torch.bfloat16)
+    said = refused(pipe, small)
     assert "in torch.bfloat16 and the large one in torch.float32" in said
     assert "torch_dtype=torch.float32" in said
+    small.register_to_config(quantization_config={"quant_method": "torchao"})
+    accelerate(pipe, Policy(), small=small).remove()
 
 
 def test_a_small_model_compiled_as_a_whole_sees_what_stands_in_for_blocks() -> None:
