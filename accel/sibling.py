@@ -55,7 +55,7 @@ class Sibling:
         return cls(model, Conversion(_schedule(pipe), _schedule(small)))
 
     def runner(self, stack: BlockStack) -> Callable[..., Any]:
-        """Return what runs it; a model compiled as a whole would not see stand-ins for blocks."""
+        """Return what runs it: uncompiled where blocks are stood in for, which no graph holds."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             model = uncompiled(self.model) if stack.replaced else self.model

@@ -339,3 +339,24 @@ def test_a_call_that_is_all_the_small_models_says_so(
         generate(pipe)
         (trip,) = applied.summary().trips
     assert f"the large model ran none of {STEPS} steps" in trip
+
+
+def test_a_small_model_compiled_as_a_whole_sees_what_stands_in_for_blocks(
+    pipe: WanPipeline, generate: Generate
+) -> None:
+    """One graph cannot hold them: those forwards run uncompiled."""
+    small = wan_transformer(layers=4, seed=7)
+    small.register_to_config(num_attention_heads=1)  # smaller, as far as one can tell
+    actions: tuple[Action, ...] = ("full",) * 7 + ("block",) * 2 + ("full",) * (STEPS - 9)
+    pipe.scheduler.set_timesteps(STEPS)
+    middle = float(pipe.scheduler.sigmas[4:6].mean())
+    policy = Policy(cache=MaskCache(actions=actions), handoff=Handoff(sigma=middle))
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            small.compile(backend="eager", fullgraph=True)
+        with accelerate(pipe, policy, small=small) as applied:
+            found.append(generate(pipe))
+            assert applied.summary().steps["block"] == 2
+            assert applied.summary().work_ratio > 1.0
+    torch.testing.assert_close(found[0], found[1])

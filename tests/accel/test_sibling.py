@@ -24,7 +24,7 @@ from ditune.accel.conversion import Conversion, NoiseSchedule
 from ditune.accel.noise import denoised
 from ditune.accel.sibling import Sibling
 from ditune.db.errors import UsageFault
-from ditune.db.policy import Action, Handoff, MaskCache, Policy
+from ditune.db.policy import Handoff, MaskCache, Policy
 
 STEPS = 6
 SCALES = {"5b": 0.7, "2b": 1.15258426}
@@ -271,35 +271,3 @@ def test_a_small_model_in_another_type_is_refused() -> None:
     assert "torch_dtype=torch.float32" in said
     small.register_to_config(quantization_config={"quant_method": "torchao"})
     accelerate(pipe, Policy(), small=small).remove()
-
-
-def test_a_small_model_compiled_as_a_whole_sees_what_stands_in_for_blocks() -> None:
-    """Compiled code would run the blocks that it was made of."""
-    pipe, small = wan_pipeline(layers=4), wan_transformer(layers=4, seed=7)
-    small.register_to_config(num_attention_heads=1)  # smaller, as far as one can tell
-    actions: tuple[Action, ...] = ("full",) * 7 + ("block",) * 2 + ("full",) * 3
-    pipe.scheduler.set_timesteps(len(actions))
-    middle = float(pipe.scheduler.sigmas[4:6].mean())
-    policy = Policy(cache=MaskCache(actions=actions), handoff=Handoff(sigma=middle))
-    found = []
-    for compiled in (False, True):
-        if compiled:
-            small.compile(backend="eager")
-        with accelerate(pipe, policy, small=small) as applied:
-            random = torch.Generator().manual_seed(0)
-            embeddings = torch.ones(1, 4, 32)
-            found.append(
-                pipe(
-                    prompt_embeds=embeddings,
-                    negative_prompt_embeds=-embeddings,
-                    height=32,
-                    width=32,
-                    num_frames=5,
-                    num_inference_steps=len(actions),
-                    generator=random,
-                    output_type="latent",
-                ).frames
-            )
-            assert applied.summary().steps["block"] == 2
-            assert applied.summary().work_ratio > 1.0
-    torch.testing.assert_close(found[0], found[1])
