@@ -3,6 +3,8 @@
 Sweeps every peer on the same calibration prompts, proves the fastest setting of each under the same
 rule, and measures what was proved on held-out prompts, interleaved. It takes hours; what it
 measured stays in `bench-out/peers` (`bench-out/peers-quick`), and the next run goes on from there.
+With `--peers SeaCache` only some are measured beside ditune, which is searched anew: half an hour
+says whether a change moved the figures of a full run.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from ditune.miniature.system import MiniatureSource
 from ditune.reports import rivals
 from ditune.tuner.bench import Bench, Options
 from ditune.tuner.peers import ours
+from ditune.tuner.peers.catalogue import PEERS
 from ditune.tuner.quality import parse_constraints
 
 _MEANS = (35, 40, 45)
@@ -45,12 +48,26 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
     require_same(folder, {"options": asdict(options)})
     floors = [parse_constraints(f"psnr>={m},psnr_worst>={m - _WORST_BELOW}") for m in means]
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    comparison = Bench(source, floors, folder, options, console.print).run()
+    comparison = Bench(source, floors, folder, options, console.print).run(_names(arguments))
     write_atomically(
         folder / "comparison.json", comparison.model_dump_json(indent=2).encode() + b"\n"
     )
     rivals.write(comparison, folder / "comparison.html")
+    if arguments.peers is not None:
+        benchmark.conditions["peers"] = f"{arguments.peers} alone"
     _add(benchmark, comparison)
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    """Add what this benchmark alone has."""
+    parser.add_argument("--peers", help="some of the peers, with commas (default: all)")
+
+
+def _names(arguments: argparse.Namespace) -> list[str]:
+    """Return the peers to measure."""
+    if arguments.peers is None:
+        return list(PEERS)
+    return [name.strip() for name in arguments.peers.split(",")]
 
 
 def _add(benchmark: Benchmark, comparison: Comparison) -> None:
@@ -88,4 +105,4 @@ def _add_standing(benchmark: Benchmark, standing: Standing) -> None:
 
 
 if __name__ == "__main__":
-    main("peers", measure, __doc__ or "")
+    main("peers", measure, __doc__ or "", _options)
