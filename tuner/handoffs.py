@@ -27,21 +27,28 @@ def edge(sigmas: Sequence[float], step: int) -> float:
     return min((sigmas[step - 1] + sigmas[step]) / 2.0, MAX_SIGMA)
 
 
-def switched(sigmas: Sequence[float], large_steps: int, tail_steps: int = 0) -> Handoff | None:
-    """Return the hand-off after some steps; the large model comes back for the last ones.
+def switched(
+    sigmas: Sequence[float], large_steps: int, *, head_steps: int = 0, tail_steps: int = 0
+) -> Handoff | BandedHandoff | None:
+    """Return the hand-off after some steps of the large model.
 
-    None where no step is left to the small model, or none is the large one's.
+    The small model may run the first steps too, and the large one come back for the last ones. None
+    where no step is left to the small model, or none before the tail is the large one's.
 
     Args:
         sigmas: Noise level of every step, falling.
         large_steps: Of the large model, the tail among them.
-        tail_steps: How many of them come at the end.
+        head_steps: How many of the small one come first.
+        tail_steps: How many of the large one come at the end.
     """
-    back = len(sigmas) - tail_steps
-    switch = large_steps - tail_steps
-    if not 0 < switch < back:
+    steps = len(sigmas)
+    if not tail_steps < large_steps < steps or head_steps + large_steps > steps:
         return None
-    return Handoff(sigma=edge(sigmas, switch), until=edge(sigmas, back) if tail_steps > 0 else None)
+    switch, back = head_steps + large_steps - tail_steps, steps - tail_steps
+    if head_steps > 0:
+        return _banded(sigmas, [(0, head_steps), (switch, back)])
+    until = edge(sigmas, back) if tail_steps > 0 else None
+    return Handoff(sigma=edge(sigmas, switch), until=until)
 
 
 def ranked(
@@ -58,8 +65,14 @@ def ranked(
     taken = set(by_disagreement[: steps - large_steps])
     starts = [step for step in sorted(taken) if step - 1 not in taken]
     ends = [step + 1 for step in sorted(taken) if step + 1 not in taken]
-    pairs = zip(starts, ends, strict=True)
-    return BandedHandoff(bands=tuple((edge(sigmas, a), edge(sigmas, b)) for a, b in pairs))
+    return _banded(sigmas, list(zip(starts, ends, strict=True)))
+
+
+def _banded(sigmas: Sequence[float], ranges: Sequence[tuple[int, int]]) -> BandedHandoff | None:
+    """Return the hand-off of some ranges of steps, without those that no noise level can bound."""
+    edges = [(edge(sigmas, start), edge(sigmas, end)) for start, end in ranges]
+    bands = tuple((upper, lower) for upper, lower in edges if upper > lower)
+    return BandedHandoff(bands=bands) if bands else None
 
 
 def small_steps(handoff: HandoffPolicy | None, sigmas: Sequence[float]) -> list[int]:

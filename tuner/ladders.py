@@ -7,8 +7,9 @@ number that decides the most, and is bisected over it. Variants around what held
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
-from ditune.db.policy import BandedHandoff, Handoff, MaskCache, Policy
+from ditune.db.policy import Handoff, MaskCache, Policy
 from ditune.db.records import Trial
 from ditune.tuner.budgets import Bracket, bracket, next_level
 from ditune.tuner.handoffs import first_guess, latest, small_steps
@@ -19,6 +20,8 @@ _LONGER = ((0, 2), (1, 0), (1, 2), (2, 0), (2, 2), (3, 0))
 _SMALL_SHARES = (0.3, 0.5, 1.0)  # of the small model's steps that are computed beside a cache
 _OFFICIAL = (0.01, 0.03)  # SRDiffusion's delta as its authors and others use it
 _TAILS = (1, 3)  # steps
+_WIDER = 2  # steps more of the large model beside a cache
+_FEWER = 3  # numbers of steps that are tried where the two disagree most
 
 
 class Ladders:
@@ -61,115 +64,126 @@ class Ladders:
                 yield space.prior(held + more, EARLY[place])
 
     def _hand_offs(self, done: Sequence[Trial], caches: Bracket) -> Iterator[Proposal]:
-        """Bisect over the large model's steps, without a cache and with one.
+        """Bisect over where the large model's steps end, then over how many of them it needs.
 
-        Waiting beyond the step at which the two agree best is not worth a video. Where they agree
-        well from the start, the steps at which they do not come first, wherever those are.
+        Where the two disagree the most at first, the small model gets no first steps, and waiting
+        beyond the step at which they agree best is not worth a video. Where no switch holds, the
+        large model's steps end with the last one.
         """
         space = self._space
         curve = space.disagreement
-        never = space.steps if curve is None else min(latest(curve) + 1, space.steps)
-        if curve is not None and first_guess(curve) is None:
-            yield from self._by_disagreement(done, caches)
+        guess = None if curve is None else first_guess(curve)
+        never = space.steps
+        if curve is not None and guess is not None:
+            never = min(latest(curve) + 1, never)
         levels = list(_levels(done, self._switch))
-        alone = bracket(levels, 1, never)
-        step = next_level(alone)
+        switch = bracket(levels, 1, never)
+        step = next_level(switch)
         if step is not None:
-            guess = None if curve is None or levels else first_guess(curve)
-            yield self._at(step if guess is None else min(guess, never - 1))
-        both = bracket(_levels(done, self._switch_with_cache), 1, never)
-        step = next_level(both)
+            yield self._at(step if guess is None or levels else min(guess, never - 1))
+        end = switch.held if (switch.held, True) in levels else space.steps
+        fewest = 1 if guess is None else end
+        window = bracket(_levels(done, partial(self._window, end)), fewest, end)
+        step = next_level(window)
         if step is not None:
-            yield self._at(step, caches)
-        if both.held < never:
-            yield from self._around_both(both.held, caches)
-        if alone.held < never:
-            yield from self._around_alone(alone.held)
+            yield self._at(step, end)
+        if window.held < space.steps:
+            yield from self._with_cache(done, window.held, end, caches)
+            yield from self._around(window.held, end)
         for delta in _OFFICIAL:
             yield space.handed_over(handoff="adaptive", delta=delta)
 
-    def _by_disagreement(self, done: Sequence[Trial], caches: Bracket) -> Iterator[Proposal]:
-        """The small model takes the steps that agree best, however they lie.
+    def _with_cache(
+        self, done: Sequence[Trial], large_steps: int, end: int, caches: Bracket
+    ) -> Iterator[Proposal]:
+        """Bisect over the steps that are computed: all of them is what holds without a cache.
 
-        Of a curve that falls from the start these are the last ones, as of a switch. Bisected over
-        the large model's steps; then with a cache beside.
+        Then the small model computes another share, or the large one has more steps.
         """
         space = self._space
-        known = bracket(_levels(done, self._ranked), 1, space.steps)
-        step = next_level(known)
-        if step is not None:
-            yield space.handed_over(handoff="ranked", handoff_frac=step / space.steps)
+        by_policy = {
+            space.policy(self._cached(large_steps, end, budget).parameters).id: budget
+            for budget in range(caches.held, space.steps)
+        }
+        levels = _levels(done, lambda policy: by_policy.get(policy.id))
+        known = bracket(levels, caches.held, space.steps)
+        budget = next_level(known)
+        if budget is not None:
+            yield self._cached(large_steps, end, budget)
         if known.held < space.steps:
             for share in _SMALL_SHARES:
-                yield space.handed_over(
-                    handoff="ranked",
-                    handoff_frac=known.held / space.steps,
-                    compute_frac=caches.held / space.steps,
-                    small_compute_frac=share,
-                )
+                yield self._cached(large_steps, end, known.held, share)
+        if large_steps + _WIDER <= end:
+            yield self._cached(large_steps + _WIDER, end, known.held)
 
-    def _around_both(self, held: int, caches: Bracket) -> Iterator[Proposal]:
-        """More or less is computed, the large model comes back, the switch comes a step earlier."""
-        for large_steps in dict.fromkeys((held, max(held - 1, 1))):
-            for share in _SMALL_SHARES:
-                yield self._at(large_steps, caches, small_share=share)
-        for tail in _TAILS:
-            yield self._at(max(held - 1, 1) + tail, caches, tail_steps=tail)
-
-    def _around_alone(self, held: int) -> Iterator[Proposal]:
+    def _around(self, large_steps: int, end: int) -> Iterator[Proposal]:
         """The steps of greatest disagreement are the large model's, or it comes back at the end."""
         space = self._space
         if space.disagreement is not None:
-            for large_steps in dict.fromkeys((held, max(held - 1, 1), max(held - 2, 1))):
-                share = large_steps / space.steps
+            for fewer in range(min(_FEWER, large_steps)):
+                share = (large_steps - fewer) / space.steps
                 yield space.handed_over(handoff="ranked", handoff_frac=share)
         for tail in _TAILS:
-            if held - 1 > tail:
-                yield self._at(held - 1, tail_steps=tail)
+            if tail < large_steps - 1:
+                yield self._at(large_steps - 1, end - 1 - tail, tail_steps=tail)
+
+    def _cached(
+        self, large_steps: int, end: int, budget: int, small_share: float | None = None
+    ) -> Proposal:
+        """Return a hand-off with a mask; the small model computes twice the share if none is given.
+
+        A step of the small one costs little.
+        """
+        share = budget / self._space.steps
+        own = min(2.0 * share, 1.0) if small_share is None else small_share
+        return self._at(large_steps, end, cached=(share, own))
 
     def _at(
         self,
         large_steps: int,
-        caches: Bracket | None = None,
+        end: int | None = None,
         *,
-        small_share: float | None = None,
+        cached: tuple[float, float] | None = None,
         tail_steps: int = 0,
     ) -> Proposal:
-        """Return a hand-off to the small model for all but some steps.
+        """Return a hand-off that leaves some steps to the large model, before `end` and as a tail.
 
-        With a cache the large model computes its part of what held; the small one, whose steps cost
-        little, a share of its own, twice as much if none is given.
+        Without an end they are the first ones.
+
+        Args:
+            large_steps: The tail among them.
+            end: Of those that are no tail.
+            cached: The share of its steps that each model computes; without, there is no cache.
+            tail_steps: At the very end.
         """
-        space = self._space
+        steps = self._space.steps
+        head_steps = 0 if end is None else end - (large_steps - tail_steps)
         chosen: dict[str, float | int | str] = {
-            "handoff_frac": large_steps / space.steps,
+            "handoff_frac": large_steps / steps,
+            "head_frac": head_steps / steps,
             "tail_steps": tail_steps,
         }
-        if caches is not None:
-            share = caches.held / space.steps
-            own = 2.0 * share if small_share is None else small_share
-            chosen |= {"compute_frac": share, "small_compute_frac": min(own, 1.0)}
-        return space.handed_over(**chosen)
+        if cached is not None:
+            chosen["compute_frac"], chosen["small_compute_frac"] = cached
+        return self._space.handed_over(**chosen)
 
     def _switch(self, policy: Policy) -> int | None:
         """Return after how many steps a hand-off without a cache switches for good."""
-        return self._steps_before(policy) if policy.cache is None else None
-
-    def _switch_with_cache(self, policy: Policy) -> int | None:
-        """Return after how many steps a hand-off with a mask switches for good."""
-        return self._steps_before(policy) if isinstance(policy.cache, MaskCache) else None
-
-    def _ranked(self, policy: Policy) -> int | None:
-        """Return how many steps a hand-off by disagreement without a cache leaves to the large."""
-        if policy.cache is not None or not isinstance(policy.handoff, BandedHandoff):
+        if policy.cache is not None or not isinstance(policy.handoff, Handoff):
             return None
-        return self._space.steps - len(small_steps(policy.handoff, self._space.sigmas))
+        return len(self._large(policy)) if policy.handoff.until is None else None
 
-    def _steps_before(self, policy: Policy) -> int | None:
-        handoff = policy.handoff
-        if not isinstance(handoff, Handoff) or handoff.until is not None:
+    def _window(self, end: int, policy: Policy) -> int | None:
+        """Return how many steps before an end are the large model's, without a cache."""
+        large = self._large(policy)
+        if not large or policy.cache or large != list(range(end - len(large), end)):
             return None
-        return self._space.steps - len(small_steps(handoff, self._space.sigmas))
+        return len(large)
+
+    def _large(self, policy: Policy) -> list[int]:
+        """Return the steps of the large model, none where it has all of them."""
+        small = set(small_steps(policy.handoff, self._space.sigmas))
+        return [step for step in range(self._space.steps) if step not in small] if small else []
 
 
 def _computed(policy: Policy) -> int | None:

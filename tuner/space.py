@@ -162,6 +162,7 @@ class Space:
             kinds += [_RANKED] if self.disagreement is not None else []
             found["handoff"] = CategoricalDistribution(kinds)
             found["handoff_frac"] = FloatDistribution(0.02, 0.98)
+            found["head_frac"] = FloatDistribution(0.0, 0.8)
             found["tail_steps"] = IntDistribution(0, _TAIL_MOST)
             found["delta"] = FloatDistribution(0.002, 0.1, log=True)
             found["small_compute_frac"] = FloatDistribution(_COMPUTE_MIN, 1.0)
@@ -190,6 +191,7 @@ class Space:
             "cfg_form": "delta",
             "handoff": _NONE,
             "handoff_frac": 0.2,
+            "head_frac": 0.0,
             "tail_steps": 0,
             "delta": 0.01,
             "small_compute_frac": 1.0,
@@ -261,7 +263,9 @@ class Space:
             return ranked(self.sigmas, self.disagreement, large_steps)
         tail_steps = int(point["tail_steps"])
         if kind == _STATIC:
-            return switched(self.sigmas, large_steps, tail_steps)
+            head_steps = round(float(point["head_frac"]) * self.steps)
+            head_steps = min(head_steps, max(self.steps - large_steps, 0))
+            return switched(self.sigmas, large_steps, head_steps=head_steps, tail_steps=tail_steps)
         back = edge(self.sigmas, self.steps - tail_steps) if tail_steps else None
         return AdaptiveHandoff(delta=float(point["delta"]), until=back)
 

@@ -18,14 +18,14 @@ def levels(steps: int) -> list[float]:
 
 @given(steps=st.integers(2, 60), data=st.data())
 def test_a_switch_leaves_so_many_steps_to_the_large_model(steps: int, data: st.DataObject) -> None:
-    tail = data.draw(st.integers(0, 5))
+    head, tail = data.draw(st.integers(0, steps)), data.draw(st.integers(0, 5))
     large = data.draw(st.integers(0, steps + 1))
-    handoff = switched(levels(steps), large, tail)
+    handoff = switched(levels(steps), large, head_steps=head, tail_steps=tail)
     if handoff is None:
-        assert large - tail <= 0 or large >= steps
+        assert large <= tail or large >= steps or head + large > steps
         return
     small = small_steps(handoff, levels(steps))
-    assert small == list(range(large - tail, steps - tail))
+    assert small == [*range(head), *range(head + large - tail, steps - tail)]
 
 
 @given(curve=curves, data=st.data())
@@ -76,3 +76,8 @@ def test_schedules_that_begin_without_any_signal_have_edges_that_a_policy_holds(
     handoff = switched(sigmas, 1)
     assert handoff is not None
     assert small_steps(handoff, sigmas) == [1, 2, 3]
+    begun = switched(sigmas, 2, head_steps=2)
+    assert begun is not None
+    assert small_steps(begun, sigmas) == [1]
+    assert switched(sigmas, 3, head_steps=1) is None
+    assert ranked(sigmas, [0.1, 0.2, 0.3, 0.4], 3) is None
