@@ -58,6 +58,7 @@ class StepSchedules:
         axis = np.arange(self.steps) if arc_length is None else arc_length
         each = [_squared_errors(t, np.asarray(axis, dtype=float)) for t in trajectories]
         self._errors: np.ndarray = np.mean(each, axis=0)
+        self._known: dict[tuple[int, float], tuple[int, ...]] = {}
 
     def computed(self, budget: int, early: float = 0.0) -> list[int]:
         """Return the best steps to compute, in order; the first step is always one of them.
@@ -66,6 +67,12 @@ class StepSchedules:
             budget: How many, from 1 to the number of steps.
             early: See `gains`; more moves computed steps towards the beginning.
         """
+        if (budget, early) not in self._known:
+            self._known[budget, early] = self._solved(budget, early)
+        return list(self._known[budget, early])
+
+    def _solved(self, budget: int, early: float) -> tuple[int, ...]:
+        """Run the dynamic program; a search asks for the same schedules again and again."""
         steps = self.steps
         after = np.arange(steps)
         middle = (after[:, None] + np.arange(steps + 1)) // 2
@@ -85,7 +92,7 @@ class StepSchedules:
         for origin in reversed(earlier):
             chosen.append(int(first))
             first, second = origin[first, second], first
-        return sorted(set(chosen))
+        return tuple(sorted(set(chosen)))
 
 
 def _squared_errors(trajectory: Trajectory, axis: np.ndarray) -> np.ndarray:
