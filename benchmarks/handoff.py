@@ -53,7 +53,7 @@ _SEARCH_SEED, _PROOF_SEED, _HELD_OUT_SEED = 1_000, 600_000, 900_000
 class Sizes:
     """How much to measure."""
 
-    trials: int = 44
+    trials: int = 52
     search: int = 34
     proof: int = 400
     held_out: int = 600

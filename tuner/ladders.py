@@ -1,15 +1,17 @@
 """What a search tries before its sampler: the profile's own proposals, each where the last one led.
 
 Three families are climbed, one after the other: caches, hand-offs, both together. Each has one
-number that decides the most, and is bisected over it. Variants around what held follow.
+number that decides the most. Caches are bisected over it; hand-offs, whose floors are seldom those
+that a few videos decide, go down it level by level. Variants around what held follow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import TypeVar
 
-from ditune.db.policy import Handoff, MaskCache, Policy
+from ditune.db.policy import MaskCache, Policy
 from ditune.db.records import Trial
 from ditune.tuner.budgets import Bracket, bracket, next_level
 from ditune.tuner.handoffs import first_guess, latest, small_steps
@@ -20,7 +22,10 @@ _LONGER = ((0, 2), (1, 0), (1, 2), (2, 0), (2, 2), (3, 0))
 _SMALL_SHARES = (0.3, 0.5, 1.0)  # of the small model's steps that are computed beside a cache
 _OFFICIAL = (0.01, 0.03)  # SRDiffusion's delta as its authors and others use it
 _TAILS = (1, 3)  # steps
-_WIDER = 2  # steps more of the large model beside a cache
+_Level = TypeVar("_Level")
+_GROWTH, _FASTER = 1.25, 1.5  # from one level to the next: of large steps, of computed ones
+_SURE = 2  # levels in a row that miss for sure, after which fewer steps are not tried
+_ENOUGH = 2  # levels that held, for the proof to choose from
 _FEWER = 3  # numbers of steps that are tried where the two disagree most
 
 
@@ -64,79 +69,88 @@ class Ladders:
                 yield space.prior(held + more, EARLY[place])
 
     def _hand_offs(self, done: Sequence[Trial], caches: Bracket) -> Iterator[Proposal]:
-        """Bisect over where the large model's steps end, then over how many of them it needs.
+        """Give the large model fewer and fewer steps: the first ones, the last ones, some between.
 
-        Where the two disagree the most at first, the small model gets no first steps, and waiting
-        beyond the step at which they agree best is not worth a video. Where no switch holds, the
-        large model's steps end with the last one.
+        Where the two disagree the most at first, the small model never begins.
         """
         space = self._space
         curve = space.disagreement
         guess = None if curve is None else first_guess(curve)
-        never = space.steps
-        if curve is not None and guess is not None:
-            never = min(latest(curve) + 1, never)
-        levels = list(_levels(done, self._switch))
-        switch = bracket(levels, 1, never)
-        step = next_level(switch)
-        if step is not None:
-            yield self._at(step if guess is None or levels else min(guess, never - 1))
-        end = switch.held if (switch.held, True) in levels else space.steps
-        fewest = 1 if guess is None else end
-        window = bracket(_levels(done, partial(self._window, end)), fewest, end)
-        step = next_level(window)
-        if step is not None:
-            yield self._at(step, end)
-        if window.held < space.steps:
-            yield from self._with_cache(done, window.held, end, caches)
-            yield from self._around(window.held, end)
+        yield from self._switches(done, guess)
+        if guess is None:
+            last = partial(self._window, slice(None, space.steps))
+            yield from (self._at(n, space.steps) for n in _downwards(done, last, space.steps))
+            start = space.steps - min(_certain(done, last), default=space.steps)
+            middle = partial(self._window, slice(start, None))
+            for large_steps in _downwards(done, middle, space.steps - start):
+                yield self._at(large_steps, start + large_steps)
+        held = self._held(done)
+        for window in dict.fromkeys(
+            held[len(held) * part // 3] for part in range(3 if held else 0)
+        ):
+            yield from self._with_cache(done, window, caches)
+        if held:
+            yield from self._around(held[0])
         for delta in _OFFICIAL:
             yield space.handed_over(handoff="adaptive", delta=delta)
 
-    def _with_cache(
-        self, done: Sequence[Trial], large_steps: int, end: int, caches: Bracket
-    ) -> Iterator[Proposal]:
-        """Bisect over the steps that are computed: all of them is what holds without a cache.
+    def _switches(self, done: Sequence[Trial], guess: int | None) -> Iterator[Proposal]:
+        """Switch earlier and earlier, first where the disagreement has settled.
 
-        Then the small model computes another share, or the large one has more steps.
+        Waiting beyond the step at which the two agree best is not worth a video.
+        """
+        space = self._space
+        first = partial(self._window, slice(0, None))
+        most = space.steps
+        if guess is not None and space.disagreement is not None:
+            most = min(latest(space.disagreement) + 1, most)
+            yield self._at(min(guess, most - 1))
+            if min(_certain(done, first), default=most) <= guess:
+                most = guess
+        yield from (self._at(large_steps) for large_steps in _downwards(done, first, most))
+
+    def _held(self, done: Sequence[Trial]) -> list[range]:
+        """Return the large model's steps in every hand-off without a cache that held, few first."""
+        found = {w for w in _certain(done, self._alone) if len(w) < self._space.steps}
+        return sorted(found, key=lambda window: (len(window), window.start))
+
+    def _with_cache(
+        self, done: Sequence[Trial], window: range, caches: Bracket
+    ) -> Iterator[Proposal]:
+        """What holds without a cache gets one, of more and more computed steps until some held.
+
+        With all of them it is what holds already. Then the small model computes another share.
         """
         space = self._space
         by_policy = {
-            space.policy(self._cached(large_steps, end, budget).parameters).id: budget
+            space.policy(self._cached(window, budget).parameters).id: budget
             for budget in range(caches.held, space.steps)
         }
-        levels = _levels(done, lambda policy: by_policy.get(policy.id))
-        known = bracket(levels, caches.held, space.steps)
-        budget = next_level(known)
-        if budget is not None:
-            yield self._cached(large_steps, end, budget)
-        if known.held < space.steps:
-            for share in _SMALL_SHARES:
-                yield self._cached(large_steps, end, known.held, share)
-        if large_steps + _WIDER <= end:
-            yield self._cached(large_steps + _WIDER, end, known.held)
+        held = _certain(done, lambda policy: by_policy.get(policy.id))
+        budgets = (*_upwards(caches.held, space.steps),) if len(held) < _ENOUGH else ()
+        yield from (self._cached(window, budget) for budget in budgets)
+        for share in _SMALL_SHARES if held else ():
+            yield self._cached(window, min(held), share)
 
-    def _around(self, large_steps: int, end: int) -> Iterator[Proposal]:
+    def _around(self, window: range) -> Iterator[Proposal]:
         """The steps of greatest disagreement are the large model's, or it comes back at the end."""
         space = self._space
         if space.disagreement is not None:
-            for fewer in range(min(_FEWER, large_steps)):
-                share = (large_steps - fewer) / space.steps
+            for fewer in range(min(_FEWER, len(window))):
+                share = (len(window) - fewer) / space.steps
                 yield space.handed_over(handoff="ranked", handoff_frac=share)
-        for tail in _TAILS:
-            if tail < large_steps - 1:
-                yield self._at(large_steps - 1, end - 1 - tail, tail_steps=tail)
+        for tail in _TAILS if window.stop < space.steps else ():
+            if tail < len(window) - 1:
+                yield self._at(len(window) - 1, window.stop - 1 - tail, tail_steps=tail)
 
-    def _cached(
-        self, large_steps: int, end: int, budget: int, small_share: float | None = None
-    ) -> Proposal:
+    def _cached(self, window: range, budget: int, small_share: float | None = None) -> Proposal:
         """Return a hand-off with a mask; the small model computes twice the share if none is given.
 
         A step of the small one costs little.
         """
         share = budget / self._space.steps
         own = min(2.0 * share, 1.0) if small_share is None else small_share
-        return self._at(large_steps, end, cached=(share, own))
+        return self._at(len(window), window.stop, cached=(share, own))
 
     def _at(
         self,
@@ -167,23 +181,21 @@ class Ladders:
             chosen["compute_frac"], chosen["small_compute_frac"] = cached
         return self._space.handed_over(**chosen)
 
-    def _switch(self, policy: Policy) -> int | None:
-        """Return after how many steps a hand-off without a cache switches for good."""
-        if policy.cache is not None or not isinstance(policy.handoff, Handoff):
+    def _window(self, bounds: slice, policy: Policy) -> int | None:
+        """Return how many steps are the large model's, where they begin or stop as asked."""
+        window = self._alone(policy)
+        if window is None or bounds.start not in (None, window.start):
             return None
-        return len(self._large(policy)) if policy.handoff.until is None else None
+        return len(window) if bounds.stop in (None, window.stop) else None
 
-    def _window(self, end: int, policy: Policy) -> int | None:
-        """Return how many steps before an end are the large model's, without a cache."""
-        large = self._large(policy)
-        if not large or policy.cache or large != list(range(end - len(large), end)):
-            return None
-        return len(large)
-
-    def _large(self, policy: Policy) -> list[int]:
-        """Return the steps of the large model, none where it has all of them."""
+    def _alone(self, policy: Policy) -> range | None:
+        """Return the steps of the large model beside no cache, if they lie together."""
         small = set(small_steps(policy.handoff, self._space.sigmas))
-        return [step for step in range(self._space.steps) if step not in small] if small else []
+        large = [step for step in range(self._space.steps) if step not in small]
+        together = bool(large) and len(large) == large[-1] - large[0] + 1
+        if policy.cache is not None or not small or not together:
+            return None
+        return range(large[0], large[-1] + 1)
 
 
 def _computed(policy: Policy) -> int | None:
@@ -196,8 +208,39 @@ def _computed(policy: Policy) -> int | None:
 def _levels(
     trials: Sequence[Trial], level: Callable[[Policy], int | None]
 ) -> Iterator[tuple[int, bool]]:
-    """Yield the levels of those trials that a ladder proposed, and whether they held."""
+    """Yield the levels of those trials that a ladder proposed, and whether they may hold."""
     for trial in trials:
         found = level(trial.policy) if trial.source == "prior" else None
         if found is not None:
-            yield found, trial.feasible
+            yield found, trial.state == "complete" and trial.reason is None
+
+
+def _certain(trials: Sequence[Trial], level: Callable[[Policy], _Level | None]) -> list[_Level]:
+    """Return the levels that held, and did not just escape a floor by their bound."""
+    found = (level(t.policy) for t in trials if t.source == "prior" and t.feasible)
+    return [each for each in found if each is not None]
+
+
+def _downwards(
+    trials: Sequence[Trial], level: Callable[[Policy], int | None], most: int
+) -> Iterator[int]:
+    """Yield levels below the greatest until some in a row miss for sure, then those between.
+
+    Where a metric counts, a trial is right about three times in four. A bisection would follow its
+    first stroke of luck; here each level stands for itself, and the proof has some to choose from.
+    """
+    known = dict(_levels(trials, level))
+    missed, below = 0, most
+    while missed < _SURE and (below := min(round(below / _GROWTH), below - 1)) > 0:
+        yield below
+        missed = 0 if known.get(below, True) else missed + 1
+    between = next_level(bracket(known.items(), 1, most))
+    if between is not None and any(known.values()):
+        yield between
+
+
+def _upwards(level: int, most: int) -> Iterator[int]:
+    """Yield a level and those above it that grow evenly, below the greatest."""
+    while level < most:
+        yield level
+        level = max(round(_FASTER * level), level + 1)

@@ -37,6 +37,7 @@ from ditune.tuner.studies import settings_of
 Stage = Literal["profile", "search", "confirm"]
 _SEARCH_SEED = 1_000  # noise seeds of the search and of confirmation never meet
 _CONFIRM_SEED = 500_000
+_MORE_OF_COUNTS = 3  # times as many candidates: a few videos say little of what counts
 _WORST_SHOWN = 2
 _FEWER_STEPS_PROMPTS = 4  # a comparison, not a promise: a third of the proof's prompts do
 
@@ -232,10 +233,12 @@ class Session:
         return search.run(Budget(options.trials, options.search_seconds), show)
 
     def _confirm(self, trials: Sequence[Trial]) -> Confirmation:
-        options = self.options
+        most = self.options.confirm_candidates
+        if any(counts(constraint) for constraint in self.evaluator.constraints):
+            most *= _MORE_OF_COUNTS
         return confirm(
             self.evaluator,
-            candidates(trials, options.confirm_candidates),
+            candidates(trials, most),
             cases_of(self.source.held_out, self._proof_videos(), _CONFIRM_SEED),
             prompts_digest=self._prompts_digest,
             progress=lambda done, total: self.progress.update("confirm", done, total, "held out"),

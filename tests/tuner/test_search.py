@@ -25,6 +25,7 @@ from ditune.tuner.search import (
     candidates,
     expected_speedup,
     hopeless,
+    missed_for_sure,
     search_speedup,
     violations,
 )
@@ -259,6 +260,8 @@ def test_hopeless_trials_end_early() -> None:
 def test_violations_have_a_margin_on_the_mean() -> None:
     values = [{"psnr": 34.0}, {"psnr": 36.4}]
     assert violations(FLOORS, values)["psnr"] > 0  # the mean holds, its margin does not
+    assert "miss 35" in missed_for_sure(FLOORS, values)
+    assert not missed_for_sure(FLOORS, [{"psnr": 50.0}])
     assert violations(FLOORS, values)["psnr_worst"] < 0
     assert all(v <= 0 for v in violations(FLOORS, [{"psnr": 50.0}]).values())
 
@@ -299,6 +302,9 @@ def test_shares_of_right_videos_are_given_up_by_their_bound_and_count_as_they_ar
     assert "stay below" in hopeless(floors, scored(-1.0, -1.0, -1.0))
     assert not hopeless(floors, scored(-1.0, -1.0, 0.0, 0.0))
     assert not hopeless(floors, scored(-1.0, *[0.0] * 19))
+    assert "miss -0.03" in missed_for_sure(floors, scored(*[-1.0] * 4, *[0.0] * 30))
+    assert not missed_for_sure(floors, scored(*[-1.0] * 2, *[0.0] * 32))  # may be bad luck
+    assert not missed_for_sure(floors, scored(*[0.0] * 34))
     assert violations(floors, scored(*[0.0] * 32))["judge_digit"] <= 0.0
     assert violations(floors, scored(1.0, -1.0, *[0.0] * 30))["judge_digit"] <= 0.0
     assert violations(floors, scored(-1.0, *[0.0] * 31))["judge_digit"] > 0.0
