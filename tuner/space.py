@@ -162,7 +162,7 @@ class Space:
             kinds += [_RANKED] if self.disagreement is not None else []
             found["handoff"] = CategoricalDistribution(kinds)
             found["handoff_frac"] = FloatDistribution(0.02, 0.98)
-            found["head_frac"] = FloatDistribution(0.0, 0.8)
+            found["head_frac"] = FloatDistribution(0.0, 0.98)
             found["tail_steps"] = IntDistribution(0, _TAIL_MOST)
             found["delta"] = FloatDistribution(0.002, 0.1, log=True)
             found["small_compute_frac"] = FloatDistribution(_COMPUTE_MIN, 1.0)
