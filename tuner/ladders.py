@@ -84,12 +84,9 @@ class Ladders:
             middle = partial(self._window, slice(start, None))
             for large_steps in _downwards(done, middle, space.steps - start):
                 yield self._at(large_steps, start + large_steps)
-        held = self._held(done)
-        for window in dict.fromkeys(
-            held[len(held) * part // 3] for part in range(3 if held else 0)
-        ):
-            yield from self._with_cache(done, window, caches)
-        if held:
+        if held := self._held(done):
+            for window in dict.fromkeys(held[len(held) * third // 3] for third in range(3)):
+                yield from self._with_cache(done, window, caches)
             yield from self._around(held[0])
         for delta in _OFFICIAL:
             yield space.handed_over(handoff="adaptive", delta=delta)

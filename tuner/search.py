@@ -273,14 +273,14 @@ def missed_for_sure(
     floor every fourth time. So that a search does not turn away from it, the 80 % bound of what it
     may give has to miss.
     """
-    for name, violation in violations(constraints, values).items():
-        constraint = next(c for c in constraints if c.name == name)
-        if violation <= 0:
+    missed = violations(constraints, values)
+    for constraint in constraints:
+        if missed[constraint.name] <= 0:
             continue
         scores = [value[constraint.metric] for value in values]
-        lucky = constraint.statistic == "mean" and counts(constraint)
-        if not lucky or _most(constraint, scores, _MARGIN) < constraint.floor:
-            return f"{name}: {len(scores)} prompts miss {constraint.floor:g}"
+        unlucky = constraint.statistic == "mean" and counts(constraint)
+        if not unlucky or _most(constraint, scores, _MARGIN) < constraint.floor:
+            return f"{constraint.name}: {len(scores)} prompts miss {constraint.floor:g}"
     return ""
 
 
