@@ -23,6 +23,7 @@ from ditune.db.records import Constraint, Trial
 from ditune.profiler.statistics import CONFIDENCE, paired_speedup
 from ditune.tuner.evaluate import Case, Evaluator, Outcome
 from ditune.tuner.ladders import Ladders
+from ditune.tuner.pace import Pace
 from ditune.tuner.quality import counts, lower_bound, summarise
 from ditune.tuner.space import Proposal, Space
 
@@ -30,7 +31,6 @@ _CASES_PER_PAIR = 8  # of a trial, at least one pair; confirmation takes one per
 _STARTUP_TRIALS = 8
 _REPEATS = 50  # known policies in a row, after which there is nothing new to be found
 _MARGIN = 0.8  # confidence of the bound that a mean counts with
-_TYPICAL_WEIGHT = 3  # how many pairs the other trials of a study are worth to each
 
 
 class TrialStore(Protocol):
@@ -126,7 +126,8 @@ class Search:
             self.store.save_trial(trial)
         for name, violation in trial.violation.items():
             asked.set_constraint(name, violation)
-        self.study.tell(asked, 1.0 / expected_speedup(trial, [*done, trial]))
+        pace = Pace([*done, trial], self.space.sigmas)
+        self.study.tell(asked, 1.0 / pace.speedup(trial))
         return trial, known is not None
 
     def _propose(self, done: Sequence[Trial]) -> None:
@@ -201,26 +202,6 @@ def search_speedup(outcomes: Sequence[Outcome]) -> float:
     return measured if small else min(measured, work_ratio)
 
 
-def expected_speedup(trial: Trial, trials: Sequence[Trial]) -> float:
-    """Return a trial's speedup with the noise of its one pair shrunk towards what its work says.
-
-    The share of the saved work that turns into speed is much the same for all policies of a study,
-    so each trial's own measurement counts as one among a few. Hand-offs stand for themselves: the
-    blocks of two models do not add up.
-    """
-    assert trial.speedup is not None
-    if trial.policy.handoff is not None or trial.work_ratio is None:
-        return trial.speedup
-    known = [
-        t.speedup / t.work_ratio
-        for t in trials
-        if t.state == "complete" and t.policy.cache and t.speedup and t.work_ratio
-    ]
-    typical = float(np.median(known)) if known else 1.0
-    own = trial.speedup / trial.work_ratio
-    return trial.work_ratio * float((own * typical**_TYPICAL_WEIGHT) ** (1 / (1 + _TYPICAL_WEIGHT)))
-
-
 def violations(
     constraints: Sequence[Constraint], values: Sequence[Mapping[str, float]]
 ) -> dict[str, float]:
@@ -287,13 +268,3 @@ def missed_for_sure(
 def _most(constraint: Constraint, scores: Sequence[float], confidence: float) -> float:
     """Return the one-sided upper bound of a metric's mean."""
     return -lower_bound(constraint, [-score for score in scores], confidence)
-
-
-def candidates(trials: Sequence[Trial], count: int) -> list[Trial]:
-    """Return the feasible trials to confirm: distinct policies, the fastest first."""
-    feasible = [t for t in trials if t.feasible and t.speedup is not None and t.policy != Policy()]
-    fastest = sorted(feasible, key=lambda t: -expected_speedup(t, trials))
-    distinct: dict[str, Trial] = {}
-    for trial in fastest:
-        distinct.setdefault(trial.policy.id, trial)
-    return list(distinct.values())[:count]

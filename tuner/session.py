@@ -21,6 +21,7 @@ from ditune.profiler.record import Recorded, record
 from ditune.tuner.confirm import Confirmation, confirm
 from ditune.tuner.evaluate import Case, Evaluator, cases_of
 from ditune.tuner.fewer_steps import FewestSteps, fewest_steps
+from ditune.tuner.pace import candidates
 from ditune.tuner.quality import (
     cases_needed,
     cases_to_search,
@@ -29,7 +30,7 @@ from ditune.tuner.quality import (
     parse_constraints,
     prepare,
 )
-from ditune.tuner.search import Budget, Search, candidates, now
+from ditune.tuner.search import Budget, Search, now
 from ditune.tuner.source import FolderSource, Source, prompts_digest
 from ditune.tuner.space import Space
 from ditune.tuner.studies import settings_of
@@ -138,7 +139,7 @@ class Session:
             self.notes.append("the hand-off is left out: the scheduler tells no noise levels")
         study = self._study(found, space)
         trials = self._search(study, space, storage_url)
-        confirmation = self._confirm(trials)
+        confirmation = self._confirm(trials, space.sigmas)
         policy_file = self._save(found, confirmation)
         frames = self._frames(policy_file)
         return Result(
@@ -232,13 +233,13 @@ class Session:
         self.progress.update("search", 0, options.trials, "starting")
         return search.run(Budget(options.trials, options.search_seconds), show)
 
-    def _confirm(self, trials: Sequence[Trial]) -> Confirmation:
+    def _confirm(self, trials: Sequence[Trial], sigmas: Sequence[float]) -> Confirmation:
         most = self.options.confirm_candidates
         if any(counts(constraint) for constraint in self.evaluator.constraints):
             most *= _MORE_OF_COUNTS
         return confirm(
             self.evaluator,
-            candidates(trials, most),
+            candidates(trials, most, sigmas),
             cases_of(self.source.held_out, self._proof_videos(), _CONFIRM_SEED),
             prompts_digest=self._prompts_digest,
             progress=lambda done, total: self.progress.update("confirm", done, total, "held out"),

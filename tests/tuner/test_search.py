@@ -7,7 +7,7 @@ import optuna
 import pytest
 
 from ditune.accel.apply import Summary
-from ditune.db.policy import Action, Handoff, MaskCache, Policy
+from ditune.db.policy import Handoff, MaskCache, Policy
 from ditune.db.records import (
     Hardware,
     LayerTiming,
@@ -18,12 +18,11 @@ from ditune.db.records import (
     Workload,
 )
 from ditune.tuner.evaluate import Case, Outcome
+from ditune.tuner.pace import candidates
 from ditune.tuner.quality import parse_constraints
 from ditune.tuner.search import (
     Budget,
     Search,
-    candidates,
-    expected_speedup,
     hopeless,
     missed_for_sure,
     search_speedup,
@@ -233,21 +232,6 @@ def test_a_hand_off_that_was_given_up_early_is_as_fast_as_it_was() -> None:
     assert search_speedup(seen) == 4.0
     unknown = [Outcome(Case("a", 0), {"psnr": 10.0}, 50.0, None, summary)]
     assert search_speedup(unknown) == 1.0
-
-
-def test_one_unlucky_pair_does_not_turn_the_order_of_work_around() -> None:
-    def measured(number: int, work: float, speedup: float) -> Trial:
-        reused: list[Action] = ["step"] * number
-        policy = Policy(cache=MaskCache(actions=("full", *reused)))
-        return prior(number, policy).model_copy(
-            update={"speedup": speedup, "work_ratio": work, "violation": {"psnr": -0.1}}
-        )
-
-    trials = [measured(1, 2.0, 1.9), measured(2, 3.1, 3.1), measured(3, 3.6, 3.0)]
-    assert [t.number for t in candidates(trials, 3)] == [3, 2, 1]
-    slow = [*trials[:2], measured(3, 3.6, 1.0)]  # so slow that it is no accident
-    assert [t.number for t in candidates(slow, 3)] == [2, 3, 1]
-    assert pytest.approx(3.1 * 0.95**0.75) == expected_speedup(trials[1], trials)
 
 
 def test_hopeless_trials_end_early() -> None:

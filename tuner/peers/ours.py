@@ -13,8 +13,9 @@ from ditune.db.policy import Policy
 from ditune.db.records import Trial
 from ditune.profiler.record import Recorded, record
 from ditune.tuner.evaluate import Case, Evaluator
+from ditune.tuner.pace import candidates
 from ditune.tuner.peers.contract import Setting
-from ditune.tuner.search import Budget, candidates
+from ditune.tuner.search import Budget
 from ditune.tuner.source import Source
 from ditune.tuner.space import Space
 from ditune.tuner.studies import searched, settings_of

@@ -1,0 +1,82 @@
+"""The noise of a few pairs does not turn the order of work around."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from tests.tuner.test_search import prior
+
+from ditune.db.policy import Action, AdaptiveHandoff, MaskCache, Policy
+from ditune.db.records import Trial
+from ditune.tuner.handoffs import switched
+from ditune.tuner.pace import Pace, candidates
+
+STEPS = 20
+SIGMAS = [1.0 - step / STEPS for step in range(STEPS)]
+REST, LARGE, SMALL = 0.05, 0.95, 0.1  # shares of the plain call; a small forward is a ninth
+
+
+def measured(number: int, policy: Policy, speedup: float, work_ratio: float = 2.0) -> Trial:
+    found = {"speedup": speedup, "work_ratio": work_ratio, "violation": {"psnr": -0.1}}
+    return prior(number, policy).model_copy(update=found)
+
+
+def cached(number: int, work_ratio: float, speedup: float) -> Trial:
+    reused: list[Action] = ["step"] * number
+    return measured(number, Policy(cache=MaskCache(actions=("full", *reused))), speedup, work_ratio)
+
+
+def handed(large_steps: int, computed: Sequence[int] | None = None) -> Policy:
+    cache = None
+    if computed is not None:
+        cache = MaskCache(actions=tuple("full" if s in computed else "step" for s in range(STEPS)))
+    return Policy(cache=cache, handoff=switched(SIGMAS, large_steps))
+
+
+def true_speedup(large: int, small: int) -> float:
+    return 1.0 / (REST + (LARGE * large + SMALL * small) / STEPS)
+
+
+def test_one_unlucky_pair_does_not_turn_the_order_of_work_around() -> None:
+    trials = [cached(1, 2.0, 1.9), cached(2, 3.1, 3.0), cached(3, 3.6, 2.95)]
+    assert [t.number for t in candidates(trials, 3)] == [3, 2, 1]
+    slow = [*trials[:2], cached(3, 3.6, 1.0)]  # so slow that it is no accident
+    assert [t.number for t in candidates(slow, 3)] == [2, 3, 1]
+
+
+def test_what_all_trials_agree_on_is_left_as_it_was_measured() -> None:
+    trials = [measured(n, handed(n), true_speedup(n, STEPS - n)) for n in (3, 8, 14)]
+    mixed = handed(8, computed=(0, 4, 8, 14))  # two forwards of each model
+    trials.append(measured(20, mixed, true_speedup(2, 2)))
+    pace = Pace(trials, SIGMAS)
+    for trial in trials:
+        assert pace.speedup(trial) == pytest.approx(trial.speedup)
+
+
+def test_a_lucky_hand_off_with_more_large_steps_does_not_go_first() -> None:
+    lucky = {8: 1.25}
+    trials = [
+        measured(n, handed(n), lucky.get(n, 1.0) * true_speedup(n, STEPS - n))
+        for n in (4, 5, 7, 8, 11, 14)
+    ]
+    assert max(trials[2:], key=lambda t: t.speedup or 0.0).number == 8
+    assert [t.number for t in candidates(trials, 6, SIGMAS)] == [4, 5, 7, 8, 11, 14]
+    assert [t.number for t in candidates(trials, 2, SIGMAS)] == [4, 5]
+
+
+def test_work_that_shows_only_in_the_run_says_nothing() -> None:
+    trials = [measured(n, handed(n), true_speedup(n, STEPS - n)) for n in (4, 8)]
+    adaptive = measured(30, Policy(handoff=AdaptiveHandoff(delta=0.01)), 3.0)
+    blocks: list[Action] = ["block"] * (STEPS - 1)
+    partial = handed(8).model_copy(update={"cache": MaskCache(actions=("full", *blocks))})
+    both = [adaptive, measured(31, partial, 9.0)]
+    pace = Pace([*trials, *both], SIGMAS)
+    assert [pace.speedup(t) for t in both] == [3.0, 9.0]
+    assert pace.speedup(trials[0]) == pytest.approx(trials[0].speedup)
+    assert Pace(trials, ()).speedup(trials[0]) == trials[0].speedup
+
+
+def test_the_first_trial_stands_for_itself() -> None:
+    first = cached(1, 2.0, 1.9)
+    assert Pace([first], ()).speedup(first) == pytest.approx(1.9)

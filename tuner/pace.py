@@ -1,0 +1,89 @@
+"""How fast policies are by all that a study measured, and which of them to prove first.
+
+A trial times a few pairs on a machine that others may share. What it left out is known exactly: so
+all trials together say what a forward of each model costs, and what the rest of a call does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.optimize import nnls
+
+from ditune.db.policy import AdaptiveHandoff, MaskCache, Policy
+from ditune.db.records import Trial
+from ditune.tuner.handoffs import small_steps
+
+_OTHERS_WEIGHT = 3  # how many of its own measurements the other trials are worth to each
+_WHOLE = {"full", "step"}  # actions that run all blocks of a model, or none
+
+
+class Pace:
+    """Latency as a sum of parts, each a share of the plain call: the rest, and both models' work.
+
+    Fitted to the complete trials of a study with errors relative to each, none of the parts below
+    zero.
+    """
+
+    def __init__(self, trials: Sequence[Trial], sigmas: Sequence[float]) -> None:
+        """Fit what the trials say.
+
+        Args:
+            trials: Of one study.
+            sigmas: Noise level of each step; without them hand-offs stand for themselves.
+        """
+        self._sigmas = sigmas
+        speedups, rows = [1.0], [(1.0, 1.0, 0.0)]  # the plain call
+        for trial in trials:
+            work = self._work(trial)
+            if trial.state == "complete" and trial.speedup and work and trial.policy != Policy():
+                speedups.append(trial.speedup)
+                rows.append((1.0, *work))
+        relative = np.array(rows) * np.array(speedups)[:, None]
+        self._parts = nnls(relative, np.ones(len(rows)))[0]
+
+    def speedup(self, trial: Trial) -> float:
+        """Return a trial's speedup, its noise shrunk towards what its work says."""
+        assert trial.speedup is not None
+        work = self._work(trial)
+        share = 0.0 if work is None else float(np.dot(self._parts, (1.0, *work)))
+        if share <= 0.0:
+            return trial.speedup
+        logs = np.log([trial.speedup, 1.0 / share])
+        return float(np.exp(np.average(logs, weights=(1, _OTHERS_WEIGHT))))
+
+    def _work(self, trial: Trial) -> tuple[float, float] | None:
+        """Return the work of the large and of the small model, in shares of the plain call's steps.
+
+        None where it shows only while the policy runs: blocks of two models do not add up.
+        """
+        policy = trial.policy
+        if policy.handoff is None:
+            return None if trial.work_ratio is None else (1.0 / trial.work_ratio, 0.0)
+        cache, steps = policy.cache, len(self._sigmas)
+        if isinstance(policy.handoff, AdaptiveHandoff) or not steps:
+            return None
+        small = set(small_steps(policy.handoff, self._sigmas))
+        computed = set(range(steps))
+        if cache is not None:
+            if not isinstance(cache, MaskCache) or not _WHOLE.issuperset(cache.actions):
+                return None
+            computed = {step for step in computed if cache.actions[step] == "full"}
+        return len(computed - small) / steps, len(computed & small) / steps
+
+
+def candidates(trials: Sequence[Trial], count: int, sigmas: Sequence[float] = ()) -> list[Trial]:
+    """Return the feasible trials to confirm: distinct policies, the fastest first.
+
+    Args:
+        trials: Of one study.
+        count: How many at most.
+        sigmas: Noise level of each step.
+    """
+    pace = Pace(trials, sigmas)
+    feasible = [t for t in trials if t.feasible and t.speedup is not None and t.policy != Policy()]
+    distinct: dict[str, Trial] = {}
+    for trial in sorted(feasible, key=pace.speedup, reverse=True):
+        distinct.setdefault(trial.policy.id, trial)
+    return list(distinct.values())[:count]
