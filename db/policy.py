@@ -12,6 +12,7 @@ from ditune.db.record import Count, Fraction, Record
 
 Granularity = Literal["step", "cfg", "block"]
 Action = Literal["full", "step", "cfg", "block"]
+Form = Literal["hidden", "latent", "output"]
 Indicator = Literal["latent", "spectral", "timestep", "first_block"]
 
 
@@ -38,7 +39,7 @@ class Payload(Record):
     the last two (FasterCache).
     """
 
-    form: Literal["hidden", "latent", "output"] = "output"
+    form: Form = "output"
     order: Annotated[int, Field(ge=0, le=2)] = 1
     cfg_form: Literal["delta", "fft_delta"] = "delta"
     arc_length: ArcLength | None = None

@@ -93,10 +93,19 @@ def worst_lower_bound(values: Sequence[float], unseen: int) -> float:
     sample = np.asarray(values, dtype=float)
     if len(sample) < 2:
         return float(sample.min())
-    n = len(sample)
-    spread = sample.std(ddof=1) * np.sqrt(1.0 + 1.0 / n)
-    quantile = stats.t.ppf(1.0 - 0.10 / unseen, n - 1)
-    return float(min(sample.min(), sample.mean() - quantile * spread))
+    below = worst_below(len(sample), unseen) * sample.std(ddof=1)
+    return float(min(sample.min(), sample.mean() - below))
+
+
+def worst_below(count: int, unseen: int) -> float:
+    """Return how many standard deviations `worst_lower_bound` of a sample lies below its mean."""
+    quantile = stats.t.ppf(1.0 - 0.10 / unseen, count - 1)
+    return float(quantile * np.sqrt(1.0 + 1.0 / count))
+
+
+def mean_below(count: int, confidence: float = CONFIDENCE) -> float:
+    """Return how many standard deviations `mean_lower_bound` of a sample lies below its mean."""
+    return float(stats.t.ppf(confidence, count - 1) / np.sqrt(count))
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -1,7 +1,7 @@
-"""Prove a candidate on prompts and seeds that the search never saw.
+"""Prove candidates on prompts and seeds that the search never saw.
 
-The fastest candidate whose bounds hold every floor ships; the next one is tried otherwise. What the
-search measured plays no part in the evidence.
+The fastest candidate whose bounds hold every floor ships. What the search measured says which ones
+to look at, and plays no part in the evidence.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from ditune.db.policy import Policy
-from ditune.db.records import Constraint, Evidence, Quality, Trial
+from ditune.db.records import Constraint, Evidence, Interval, Quality
 from ditune.profiler.statistics import paired_speedup, worst_lower_bound
 from ditune.tuner.evaluate import Case, Evaluator, Outcome
-from ditune.tuner.quality import bound_by, lower_bound, summarise
+from ditune.tuner.quality import UNSEEN, bound_by, lower_bound, summarise
 from ditune.tuner.search import now
 
-UNSEEN = 20  # the worst of so many further prompts should hold its floor too
 PAIRS_MIN = 6  # interleaved pairs that a speedup rests on
 _FIRST_LOOK = 4  # prompts after which a candidate is given up if it already misses a floor
 
@@ -31,58 +31,123 @@ class Confirmation:
     policy: Policy | None
     evidence: Evidence | None
     looked_at: int
-    reasons: tuple[str, ...]  # why each earlier candidate was passed over
+    reasons: tuple[str, ...]  # why candidates were passed over
 
 
-def confirm(
-    evaluator: Evaluator,
-    candidates: Sequence[Trial],
-    cases: Sequence[Case],
-    *,
-    prompts_digest: str,
-    progress: Callable[[int, int], None] = lambda *_: None,
-) -> Confirmation:
-    """Re-measure candidates, the fastest first, and return the first that holds every floor.
+@dataclass(frozen=True)
+class Origin:
+    """Where candidates and prompts come from."""
 
-    Quality comes first. Where a plain video has to be made for it, that run makes a pair; a later
-    candidate finds the videos there, and takes its pairs only once its quality is proved.
+    study: str
+    prompts_digest: str
 
-    Args:
-        evaluator: Of the same source and constraints as the search.
-        candidates: Feasible trials, the fastest first.
-        cases: Prompts and seeds that the search never saw.
-        prompts_digest: Goes into the evidence.
-        progress: Called after every video with the videos done and the most there can be.
+
+@dataclass(frozen=True)
+class Looked:
+    """A candidate that was looked at: what it gave, and why it does not ship, if so.
+
+    `values` are those of each metric, prompt by prompt.
     """
-    reasons: list[str] = []
-    done, most = 0, len(candidates) * (len(cases) + PAIRS_MIN)
 
-    def measured(policy: Policy, case: Case, *, paired: bool) -> Outcome:
-        nonlocal done
-        outcome = evaluator.measure(policy, case, paired=paired)
-        done += 1
-        progress(done, most)
-        return outcome
+    policy: Policy
+    values: Sequence[Mapping[str, float]]
+    quality: Mapping[str, Quality]
+    reason: str
 
-    for looked_at, trial in enumerate(candidates, start=1):
+
+class Candidates(Protocol):
+    """Says what to prove next."""
+
+    def next(self, looked: Sequence[Looked]) -> Policy | None:
+        """Return the next candidate, faster than all that hold; None ends the proof."""
+
+
+class Listed:
+    """Some policies in order; the first one that holds ends the proof."""
+
+    def __init__(self, policies: Sequence[Policy]) -> None:
+        """Take the policies, the fastest first."""
+        self._policies = policies
+
+    def next(self, looked: Sequence[Looked]) -> Policy | None:
+        """Return the next one."""
+        if any(not each.reason for each in looked) or len(looked) == len(self._policies):
+            return None
+        return self._policies[len(looked)]
+
+
+class Proof:
+    """Measures candidates on prompts that the search never saw."""
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        cases: Sequence[Case],
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Take what to measure on; `progress` is called after every video with their number."""
+        self._evaluator = evaluator
+        self._cases = cases
+        self._progress = progress
+        self._done = 0
+
+    @property
+    def constraints(self) -> Sequence[Constraint]:
+        """The floors."""
+        return self._evaluator.constraints
+
+    def look(self, policy: Policy) -> tuple[Looked, list[Outcome]]:
+        """Measure a candidate until it misses a floor, or on all cases; return its pairs too.
+
+        Quality comes first. Where a plain video has to be made for it, that run makes a pair; a
+        later candidate finds the videos there, and takes its pairs once its quality is proved.
+        """
+        constraints, cases = self._evaluator.constraints, self._cases
         outcomes: list[Outcome] = []
         reason = ""
         for case in cases:
-            outcomes.append(measured(trial.policy, case, paired=not evaluator.knows(case)))
+            outcomes.append(self._measured(policy, case, not self._evaluator.knows(case)))
             values = [outcome.values for outcome in outcomes]
-            reason = missed(evaluator.constraints, values, final=len(outcomes) == len(cases))
+            reason = missed(constraints, values, final=len(outcomes) == len(cases))
             if reason:
                 break
+        pairs = [outcome for outcome in outcomes if outcome.baseline_ms is not None]
         if not reason:
-            pairs = [outcome for outcome in outcomes if outcome.baseline_ms is not None]
             missing = max(min(PAIRS_MIN, len(cases)) - len(pairs), 0)
-            pairs += [measured(trial.policy, case, paired=True) for case in cases[:missing]]
-            evidence = _evidence(evaluator, trial, outcomes, pairs, (looked_at, prompts_digest))
-            if evidence.speedup.ci95[0] > 1.0:
-                return Confirmation(trial.policy, evidence, looked_at, tuple(reasons))
-            reason = "it is not certainly faster than the plain pipeline"
-        reasons.append(f"trial {trial.number}: {reason}")
-    return Confirmation(None, None, len(candidates), tuple(reasons))
+            pairs += [self._measured(policy, case, True) for case in cases[:missing]]
+            if _speedup(pairs).ci95[0] <= 1.0:
+                reason = "it is not certainly faster than the plain pipeline"
+        values = [outcome.values for outcome in outcomes]
+        return Looked(policy, values, summarise(constraints, values), reason), pairs
+
+    def _measured(self, policy: Policy, case: Case, paired: bool) -> Outcome:
+        outcome = self._evaluator.measure(policy, case, paired=paired)
+        self._done += 1
+        self._progress(self._done)
+        return outcome
+
+
+def confirm(proof: Proof, candidates: Candidates, origin: Origin) -> Confirmation:
+    """Look at candidates until none is left to look at; what held and is fastest ships.
+
+    Args:
+        proof: Measures them.
+        candidates: Say what is next.
+        origin: Goes into the evidence.
+    """
+    looked: list[Looked] = []
+    held: list[tuple[Looked, list[Outcome]]] = []
+    while (policy := candidates.next(looked)) is not None:
+        found, pairs = proof.look(policy)
+        looked.append(found)
+        if not found.reason:
+            held.append((found, pairs))
+    reasons = tuple(f"{each.policy.id[7:19]}: {each.reason}" for each in looked if each.reason)
+    if not held:
+        return Confirmation(None, None, len(looked), reasons)
+    best, pairs = max(held, key=lambda pair: _speedup(pair[1]).median)
+    evidence = _evidence(proof.constraints, best, pairs, len(looked), origin)
+    return Confirmation(best.policy, evidence, len(looked), reasons)
 
 
 def missed(
@@ -110,26 +175,30 @@ def missed(
     return ""
 
 
-def _evidence(
-    evaluator: Evaluator,
-    trial: Trial,
-    outcomes: Sequence[Outcome],
-    pairs: Sequence[Outcome],
-    origin: tuple[int, str],
-) -> Evidence:
-    """Return what a policy was proved to give; `origin` is candidates looked at and prompts."""
+def _speedup(pairs: Sequence[Outcome]) -> Interval:
     baseline = [o.baseline_ms for o in pairs if o.baseline_ms is not None]
-    tuned = [o.tuned_ms for o in pairs]
-    quality: dict[str, Quality] = summarise(evaluator.constraints, [o.values for o in outcomes])
+    return paired_speedup(baseline, [o.tuned_ms for o in pairs])
+
+
+def _evidence(
+    constraints: Sequence[Constraint],
+    best: Looked,
+    pairs: Sequence[Outcome],
+    looked_at: int,
+    origin: Origin,
+) -> Evidence:
+    """Return what a policy was proved to give."""
     return Evidence(
-        speedup=paired_speedup(baseline, tuned),
-        baseline_ms=sorted(baseline)[len(baseline) // 2],
-        tuned_ms=sorted(tuned)[len(tuned) // 2],
-        quality=quality,
-        bound_by=bound_by(evaluator.constraints, quality),
-        candidates=origin[0],
-        prompts_digest=origin[1],
-        study=trial.study,
+        speedup=_speedup(pairs),
+        baseline_ms=sorted(o.baseline_ms for o in pairs if o.baseline_ms is not None)[
+            len(pairs) // 2
+        ],
+        tuned_ms=sorted(o.tuned_ms for o in pairs)[len(pairs) // 2],
+        quality=dict(best.quality),
+        bound_by=bound_by(constraints, best.quality),
+        candidates=looked_at,
+        prompts_digest=origin.prompts_digest,
+        study=origin.study,
         git_commit=_commit(),
         created_at=now(),
         status="measured",

@@ -1,19 +1,22 @@
 """What a search tries before its sampler: the profile's own proposals, each where the last one led.
 
-Three families are climbed, one after the other: caches, hand-offs, both together. Each has one
-number that decides the most. Caches are bisected over it; hand-offs, whose floors are seldom those
-that a few videos decide, go down it level by level. Variants around what held follow.
+Where a metric measures errors, what masks give is predicted from the trials so far, and the most
+promising one is next. Elsewhere three families are climbed, one after the other: caches, hand-offs,
+both together. Each has one number that decides the most. Caches are bisected over it; hand-offs,
+whose floors are seldom those that a few videos decide, go down it level by level. Variants around
+what held follow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
 from ditune.db.policy import MaskCache, Policy
 from ditune.db.records import Trial
 from ditune.tuner.budgets import Bracket, bracket, next_level
+from ditune.tuner.frontier import foreseeable, proposed
 from ditune.tuner.handoffs import first_guess, latest, small_steps
 from ditune.tuner.space import EARLY, Proposal, Space
 
@@ -26,23 +29,41 @@ _Level = TypeVar("_Level")
 _GROWTH, _FASTER = 1.25, 1.5  # from one level to the next: of large steps, of computed ones
 _SURE = 2  # levels in a row that miss for sure, after which fewer steps are not tried
 _ENOUGH = 2  # levels that held, for the proof to choose from
+_RULES_TURN = 5  # every so many trials
 _FEWER = 3  # numbers of steps that are tried where the two disagree most
 
 
 class Ladders:
     """The proposals of one space, given what was tried so far."""
 
-    def __init__(self, space: Space) -> None:
-        """Take a space; it says whether there are hand-offs."""
+    def __init__(self, space: Space, proof_prompts: int = 20) -> None:
+        """Take a space; it says whether there are hand-offs.
+
+        Args:
+            space: Of the search.
+            proof_prompts: How many prompts the proof will take.
+        """
         self._space = space
+        self._proof_prompts = proof_prompts
 
     def next(self, done: Sequence[Trial]) -> Proposal | None:
         """Return the next proposal that was not tried yet, None when enough is known."""
         tried = {trial.policy.id for trial in done}
+        if foreseeable(self._space, done):
+            return self._foreseen(done, tried)
         for proposal in self._proposals(done):
             if self._space.policy(proposal.parameters).id not in tried:
                 return proposal
         return None
+
+    def _foreseen(self, done: Sequence[Trial], tried: Collection[str]) -> Proposal | None:
+        """Return what is predicted to be best; now and then the rules have their turn."""
+        default = self._space.default()
+        if len(done) == _RULES_TURN and self._space.policy(default.parameters).id not in tried:
+            return default
+        if len(done) % _RULES_TURN == _RULES_TURN - 1:
+            return None
+        return proposed(self._space, done, self._proof_prompts)
 
     def _proposals(self, done: Sequence[Trial]) -> Iterator[Proposal]:
         space = self._space

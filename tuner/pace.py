@@ -16,6 +16,7 @@ from ditune.db.records import Trial
 from ditune.tuner.handoffs import small_steps
 
 _OTHERS_WEIGHT = 3  # how many of its own measurements the other trials are worth to each
+_GUESS_WEIGHT = 1e-3  # of a guess before any trial
 _WHOLE = {"full", "step"}  # actions that run all blocks of a model, or none
 
 
@@ -36,31 +37,43 @@ class Pace:
         self._sigmas = sigmas
         speedups, rows = [1.0], [(1.0, 1.0, 0.0)]  # the plain call
         for trial in trials:
-            work = self._work(trial)
+            work = self._work(trial.policy, trial.work_ratio)
             if trial.state == "complete" and trial.speedup and work and trial.policy != Policy():
                 speedups.append(trial.speedup)
                 rows.append((1.0, *work))
-        relative = np.array(rows) * np.array(speedups)[:, None]
-        self._parts = nnls(relative, np.ones(len(rows)))[0]
+        # where nothing complete is known, half the work takes half the time
+        speedups, rows = [*speedups, 2.0], [*rows, (1.0, 0.5, 0.0)]
+        weights = np.array([1.0] * (len(rows) - 1) + [_GUESS_WEIGHT])
+        relative = np.array(rows) * np.array(speedups)[:, None] * weights[:, None]
+        self._parts = nnls(relative, weights)[0]
 
     def speedup(self, trial: Trial) -> float:
         """Return a trial's speedup, its noise shrunk towards what its work says."""
         assert trial.speedup is not None
-        work = self._work(trial)
-        share = 0.0 if work is None else float(np.dot(self._parts, (1.0, *work)))
-        if share <= 0.0:
+        expected = self.expected(trial.policy, trial.work_ratio)
+        if expected is None:
             return trial.speedup
-        logs = np.log([trial.speedup, 1.0 / share])
+        logs = np.log([trial.speedup, expected])
         return float(np.exp(np.average(logs, weights=(1, _OTHERS_WEIGHT))))
 
-    def _work(self, trial: Trial) -> tuple[float, float] | None:
+    def expected(self, policy: Policy, work_ratio: float | None) -> float | None:
+        """Return how fast a policy should be by its work, None where that is not known.
+
+        Args:
+            policy: It need not have been tried.
+            work_ratio: Blocks asked for / blocks run.
+        """
+        work = self._work(policy, work_ratio)
+        share = 0.0 if work is None else float(np.dot(self._parts, (1.0, *work)))
+        return 1.0 / share if share > 0.0 else None
+
+    def _work(self, policy: Policy, work_ratio: float | None) -> tuple[float, float] | None:
         """Return the work of the large and of the small model, in shares of the plain call's steps.
 
         None where it shows only while the policy runs: blocks of two models do not add up.
         """
-        policy = trial.policy
         if policy.handoff is None:
-            return None if trial.work_ratio is None else (1.0 / trial.work_ratio, 0.0)
+            return None if work_ratio is None else (1.0 / work_ratio, 0.0)
         cache, steps = policy.cache, len(self._sigmas)
         if isinstance(policy.handoff, AdaptiveHandoff) or not steps:
             return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METRIC_GROUP = "ditune.metrics"
+UNSEEN = 20  # the worst of so many further prompts should hold its floor too
 PSNR_CAP_DB = 100.0  # identical videos have an infinite PSNR, which no file format can hold
 _FEWEST_OF_COUNTS, _MOST_OF_COUNTS = 32, 100  # videos of a trial
 _FLOOR = re.compile(r"^\s*([a-z][a-z0-9_]*?)(_worst)?\s*>=\s*(-?\d+(?:\.\d+)?(?:e-?\d+)?)\s*$")
@@ -40,8 +41,11 @@ class Metric(Protocol):
 
     Register a class under the entry-point group `ditune.metrics` to add one; it is made once,
     without arguments. Where scores only tell right (1) from wrong (0), give the class `counts =
-    True`: a handful of prompts without a difference then proves less than it seems to. A method
-    `prepare()` is called before anything is generated: what cannot work says so there.
+    True`: a handful of prompts without a difference then proves less than it seems to. Where a
+    score says how small an error is, a method `decibels(score)` returns it as a level that grows by
+    10 when the squared error falls to a tenth: a search then learns from few trials what masks will
+    give. A method `prepare()` is called before anything is generated: what cannot work says so
+    there.
     """
 
     name: str
@@ -64,6 +68,10 @@ class Psnr:
         value = float(peak_signal_noise_ratio(*_tensors(video, reference), data_range=1.0))
         return min(value, PSNR_CAP_DB)
 
+    def decibels(self, score: float) -> float:
+        """Return the score: it is one."""
+        return score
+
 
 class Ssim:
     """Structural similarity, mean over frames, in [-1, 1]."""
@@ -78,6 +86,10 @@ class Ssim:
         found = structural_similarity_index_measure(*_tensors(video, reference), data_range=1.0)
         assert not isinstance(found, tuple)  # only with return_full_image
         return float(found)
+
+    def decibels(self, score: float) -> float:
+        """Return the distance from 1 as a level; for small errors it goes with their square."""
+        return min(-10.0 * math.log10(max(1.0 - score, 1e-12)), PSNR_CAP_DB)
 
 
 def _tensors(video: np.ndarray, reference: np.ndarray | None) -> tuple[Tensor, Tensor]:
@@ -181,6 +193,12 @@ def prepare(constraints: Iterable[Constraint]) -> None:
 def counts(constraint: Constraint) -> bool:
     """Whether a constraint's metric only tells right from wrong."""
     return bool(getattr(metrics()[constraint.metric], "counts", False))
+
+
+def in_decibels(metric: str) -> Callable[[float], float] | None:
+    """Return what turns a metric's scores into decibels, None where they are no such thing."""
+    found: Callable[[float], float] | None = getattr(metrics().get(metric), "decibels", None)
+    return found
 
 
 def lower_bound(

@@ -58,7 +58,9 @@ class StepSchedules:
         axis = np.arange(self.steps) if arc_length is None else arc_length
         each = [_squared_errors(t, np.asarray(axis, dtype=float)) for t in trajectories]
         self._errors: np.ndarray = np.mean(each, axis=0)
-        self._known: dict[tuple[int, float], tuple[int, ...]] = {}
+        after = np.arange(self.steps)
+        self._middle: np.ndarray = (after[:, None] + np.arange(self.steps + 1)) // 2  # of a gap
+        self._known: dict[float, list[tuple[int, ...]]] = {}
 
     def computed(self, budget: int, early: float = 0.0) -> list[int]:
         """Return the best steps to compute, in order; the first step is always one of them.
@@ -67,32 +69,53 @@ class StepSchedules:
             budget: How many, from 1 to the number of steps.
             early: See `gains`; more moves computed steps towards the beginning.
         """
-        if (budget, early) not in self._known:
-            self._known[budget, early] = self._solved(budget, early)
-        return list(self._known[budget, early])
+        if early not in self._known:
+            self._known[early] = self.frontier(gains(self.steps, early) ** 2)
+        return list(self._known[early][budget - 1])
 
-    def _solved(self, budget: int, early: float) -> tuple[int, ...]:
-        """Run the dynamic program; a search asks for the same schedules again and again."""
+    def frontier(self, weights: np.ndarray) -> list[tuple[int, ...]]:
+        """Return the best steps to compute for every budget from 1 to the number of steps.
+
+        Args:
+            weights: How much a squared error counts that is made at each step, or after the last
+                one [steps + 1].
+        """
         steps = self.steps
         after = np.arange(steps)
-        middle = (after[:, None] + np.arange(steps + 1)) // 2
-        gap = self._errors * gains(steps, early)[middle] ** 2
+        gap = self._errors * weights[self._middle]
         # best[a, b]: least cost of a schedule that begins with step 0 and ends with a and b so far
         best = np.full((steps, steps), np.inf)
         best[0, 0] = 0.0
-        earlier = []
-        for _ in range(budget - 1):
+        earlier: list[np.ndarray] = []
+        found = []
+        for _ in range(steps):
+            total = best + gap[:, :, steps]
+            found.append(_chosen(earlier, int(total.argmin()), steps))
             through = best[:, :, None] + gap[:, :, :steps]
             through[:, after[:, None] >= after[None, :]] = np.inf  # the next one comes later
             earlier.append(through.argmin(axis=0))
             best = through.min(axis=0)
-        total = best + gap[:, :, steps]
-        first, second = np.unravel_index(int(total.argmin()), total.shape)
-        chosen = [int(second)]
-        for origin in reversed(earlier):
-            chosen.append(int(first))
-            first, second = origin[first, second], first
-        return tuple(sorted(set(chosen)))
+        return found
+
+    def errors(self, computed: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return where each gap of a schedule lies, as a step, and its squared error.
+
+        Args:
+            computed: The steps that are computed, in order, the first one among them.
+        """
+        before, stops = [computed[0], *computed[:-1]], [*computed[1:], self.steps]
+        index = (np.array(before), np.array(computed), np.array(stops))
+        return self._middle[index[1], index[2]], self._errors[index]
+
+
+def _chosen(earlier: Sequence[np.ndarray], last: int, steps: int) -> tuple[int, ...]:
+    """Return the schedule that ends with a pair of computed steps, from what came before each."""
+    first, second = divmod(last, steps)
+    chosen = [second]
+    for origin in reversed(earlier):
+        chosen.append(first)
+        first, second = int(origin[first, second]), first
+    return tuple(sorted(set(chosen)))
 
 
 def _squared_errors(trajectory: Trajectory, axis: np.ndarray) -> np.ndarray:

@@ -30,6 +30,7 @@ from ditune.tuner.space import Proposal, Space
 _CASES_PER_PAIR = 8  # of a trial, at least one pair; confirmation takes one per prompt
 _STARTUP_TRIALS = 8
 _REPEATS = 50  # known policies in a row, after which there is nothing new to be found
+_POLICY = "policy"  # of a trial whose parameters only come close to it
 _MARGIN = 0.8  # confidence of the bound that a mean counts with
 
 
@@ -119,7 +120,10 @@ class Search:
         self._propose(done)
         self.study.sampler = self._chance if by_chance else self._sampler
         asked = self.study.ask(self.space.distributions)
-        policy = self.space.policy(asked.params)
+        explicit = asked.user_attrs.get(_POLICY)
+        policy = (
+            Policy.model_validate_json(explicit) if explicit else self.space.policy(asked.params)
+        )
         known = next((t for t in done if t.policy.id == policy.id), None)
         trial = known or self._tried(policy, asked, len(done))
         if known is None:
@@ -139,7 +143,10 @@ class Search:
             self._enqueue(proposal)
 
     def _enqueue(self, proposal: Proposal) -> None:
-        self.study.enqueue_trial(proposal.parameters, user_attrs={"source": proposal.source})
+        attributes: dict[str, str] = {"source": proposal.source}
+        if proposal.policy is not None:
+            attributes[_POLICY] = proposal.policy.model_dump_json()
+        self.study.enqueue_trial(proposal.parameters, user_attrs=attributes)
 
     def _tried(self, policy: Policy, asked: optuna.Trial, number: int) -> Trial:
         """Evaluate a policy; the plain pipeline is known without running it against itself."""

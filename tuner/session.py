@@ -18,10 +18,10 @@ from ditune.db.records import PolicyFile, Profile, Quality, Study, Trial
 from ditune.db.store import Store
 from ditune.profiler.impact import impacts
 from ditune.profiler.record import Recorded, record
-from ditune.tuner.confirm import Confirmation, confirm
+from ditune.tuner.confirm import PAIRS_MIN, Confirmation, Origin, Proof, confirm
+from ditune.tuner.contenders import to_prove
 from ditune.tuner.evaluate import Case, Evaluator, cases_of
 from ditune.tuner.fewer_steps import FewestSteps, fewest_steps
-from ditune.tuner.pace import candidates
 from ditune.tuner.quality import (
     cases_needed,
     cases_to_search,
@@ -38,7 +38,6 @@ from ditune.tuner.studies import settings_of
 Stage = Literal["profile", "search", "confirm"]
 _SEARCH_SEED = 1_000  # noise seeds of the search and of confirmation never meet
 _CONFIRM_SEED = 500_000
-_MORE_OF_COUNTS = 3  # times as many candidates: a few videos say little of what counts
 _WORST_SHOWN = 2
 _FEWER_STEPS_PROMPTS = 4  # a comparison, not a promise: a third of the proof's prompts do
 
@@ -139,7 +138,7 @@ class Session:
             self.notes.append("the hand-off is left out: the scheduler tells no noise levels")
         study = self._study(found, space)
         trials = self._search(study, space, storage_url)
-        confirmation = self._confirm(trials, space.sigmas)
+        confirmation = self._confirm(study, trials, space)
         policy_file = self._save(found, confirmation)
         frames = self._frames(policy_file)
         return Result(
@@ -233,17 +232,17 @@ class Session:
         self.progress.update("search", 0, options.trials, "starting")
         return search.run(Budget(options.trials, options.search_seconds), show)
 
-    def _confirm(self, trials: Sequence[Trial], sigmas: Sequence[float]) -> Confirmation:
+    def _confirm(self, study: Study, trials: Sequence[Trial], space: Space) -> Confirmation:
+        cases = cases_of(self.source.held_out, self._proof_videos(), _CONFIRM_SEED)
         most = self.options.confirm_candidates
-        if any(counts(constraint) for constraint in self.evaluator.constraints):
-            most *= _MORE_OF_COUNTS
-        return confirm(
+        total = most * (len(cases) + PAIRS_MIN)
+        proof = Proof(
             self.evaluator,
-            candidates(trials, most, sigmas),
-            cases_of(self.source.held_out, self._proof_videos(), _CONFIRM_SEED),
-            prompts_digest=self._prompts_digest,
-            progress=lambda done, total: self.progress.update("confirm", done, total, "held out"),
+            cases,
+            lambda done: self.progress.update("confirm", done, max(total, done), "held out"),
         )
+        origin = Origin(study.name, self._prompts_digest)
+        return confirm(proof, to_prove(trials, space, self.constraints, len(cases), most), origin)
 
     def _save(self, found: Profile, confirmation: Confirmation) -> PolicyFile | None:
         policy, evidence = confirmation.policy, confirmation.evidence

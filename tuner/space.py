@@ -48,10 +48,14 @@ _TAIL_MOST = 5  # steps
 
 @dataclass(frozen=True)
 class Proposal:
-    """A starting point: parameters, and where they come from."""
+    """A starting point: parameters, and where they come from.
+
+    `policy` is what to try where the parameters only come close to it.
+    """
 
     source: Literal["baseline", "default", "prior"]
     parameters: dict[str, float | int | str]
+    policy: Policy | None = None
 
 
 class Space:
@@ -83,8 +87,8 @@ class Space:
             if value is not None
         }
         fitting = [t for t in trajectories if t.steps == self.steps]
-        self._arc_length = arc_length_of(fitting) if fitting else arc_length(self._density[1:])
-        self._schedules = StepSchedules(fitting, self._arc_length) if fitting else None
+        self.arc_length = arc_length_of(fitting) if fitting else arc_length(self._density[1:])
+        self.schedules = StepSchedules(fitting, self.arc_length) if fitting else None
         self.distributions = {**self._common(), **self._depending()}
 
     @property
@@ -115,6 +119,17 @@ class Space:
     def prior(self, budget: int, early: float = EARLY[0]) -> Proposal:
         """Return the mask that the profile suggests for a number of computed steps."""
         return Proposal("prior", self._point(compute_frac=budget / self.steps, early=early))
+
+    def explicit(self, cache: MaskCache) -> Proposal:
+        """Return a mask that its parameters need not spell: they are those that come closest."""
+        payload = cache.payload
+        point = self._point(
+            compute_frac=cache.actions.count("full") / self.steps,
+            order=payload.order,
+            form=payload.form,
+            axis=_STEP if payload.arc_length is None else _ARC_LENGTH,
+        )
+        return Proposal("prior", point, Policy(cache=cache))
 
     def handed_over(self, **chosen: float | int | str) -> Proposal:
         """Return a hand-off, static and without a cache unless other numbers are given."""
@@ -148,11 +163,11 @@ class Space:
     def _depending(self) -> dict[str, BaseDistribution]:
         """Return the numbers that depend on trajectories, guidance and a small model."""
         found: dict[str, BaseDistribution] = {}
-        if self._schedules is not None:
+        if self.schedules is not None:
             found["early"] = FloatDistribution(0.5, 40.0, log=True)
         else:
             found["density_power"] = FloatDistribution(0.0, 1.5)
-        if self._arc_length is not None:
+        if self.arc_length is not None:
             found["axis"] = CategoricalDistribution([_ARC_LENGTH, _STEP])
         if self.guidance:
             found["cfg_share"] = FloatDistribution(0.0, 0.6)
@@ -217,8 +232,8 @@ class Space:
     def _computed(self, point: Parameters, share: float) -> list[int]:
         """Return the steps to compute: by trajectories where there are any, else by density."""
         budget = round(share * self.steps)
-        if self._schedules is not None:
-            return self._schedules.computed(max(budget, 2), float(point["early"]))
+        if self.schedules is not None:
+            return self.schedules.computed(max(budget, 2), float(point["early"]))
         power = float(point["density_power"])
         return place(
             [value**power for value in self._density],
@@ -251,7 +266,7 @@ class Space:
             form=forms.get(point["form"], "output"),
             order=order,
             cfg_form="fft_delta" if point.get("cfg_form") == "fft_delta" else "delta",
-            arc_length=self._arc_length if forecasts else None,
+            arc_length=self.arc_length if forecasts else None,
         )
 
     def _handoff(self, point: Parameters) -> HandoffPolicy | None:

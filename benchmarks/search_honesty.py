@@ -1,0 +1,164 @@
+"""How often is what a search ships truly below its floors, how often is it nothing, how fast is it?
+
+Simulates whole searches, with their proofs, on landscapes whose truth is known; beside it the naive
+pick, the fastest trial that held its floors in the search. What was simulated stays in
+`bench-out/search_honesty` (`bench-out/search_honesty-quick`), and the next run goes on from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from benchmarks.landscapes import Landscape, Simulated
+from benchmarks.rows import Benchmark, Row, main
+from rich.console import Console
+from scipy import stats
+
+from ditune.db.policy import Policy
+from ditune.db.records import Trial
+from ditune.tuner.confirm import Origin, Proof, confirm
+from ditune.tuner.contenders import to_prove
+from ditune.tuner.evaluate import cases_of
+from ditune.tuner.pace import candidates
+from ditune.tuner.search import Budget, Search
+from ditune.tuner.session import Options
+
+_SEARCHES, _QUICK = 300, 4
+_PROMPTS = tuple(f"prompt {n}" for n in range(200))
+_SEARCH_SEED, _PROOF_SEED = 1_000, 500_000
+_WORTH = 1.1  # a feasible policy this fast should be found
+_INFEASIBLE, _NONE, _SHARE = 0.02, 0.05, 0.93
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one search came to."""
+
+    seed: int
+    tips: bool
+    best: float  # the greatest true speedup that holds the floors
+    naive: float  # true speedup of the naive pick, 1 if there was none
+    naive_margin_db: float
+    shipped: float | None  # true speedup, None without a winner
+    margin_db: float | None
+    looked_at: int
+    forwards: int
+
+
+class Memory:
+    """A store of trials in memory."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._trials: list[Trial] = []
+
+    def save_trial(self, trial: Trial) -> None:
+        """Keep a trial."""
+        self._trials.append(trial)
+
+    def trials(self, study: str) -> list[Trial]:
+        """Return all of them."""
+        return list(self._trials)
+
+
+def simulated(seed: int, tips: bool, options: Options) -> Found:
+    """Run one search as `tune run` does, and compare what it ships with the truth."""
+    landscape = Landscape(seed, tips)
+    evaluator = Simulated(landscape, seed)
+    space = landscape.space()
+    cases = cases_of(_PROMPTS[0::2], options.search_prompts, _SEARCH_SEED + 1_000 * seed)
+    with tempfile.TemporaryDirectory() as folder:
+        search = Search("study-simulated", space, evaluator, cases, seed)
+        search.open(f"sqlite:///{folder}/study.db", Memory())
+        trials = search.run(Budget(options.trials), lambda *_: None)
+    proof = cases_of(_PROMPTS[1::2], options.confirm_prompts, _PROOF_SEED + 1_000 * seed)
+    most = options.confirm_candidates
+    contenders = to_prove(trials, space, evaluator.constraints, len(proof), most)
+    origin = Origin("study-simulated", "sha256:" + "0" * 64)
+    shipped = confirm(Proof(evaluator, proof), contenders, origin)
+    fastest = candidates(trials, 1, space.sigmas)
+    naive = fastest[0].policy if fastest else Policy()
+    won = shipped.policy
+    return Found(
+        seed,
+        tips,
+        best=landscape.best[0],
+        naive=landscape.true_speedup(naive),
+        naive_margin_db=landscape.margin_db(naive),
+        shipped=None if won is None else landscape.true_speedup(won),
+        margin_db=None if won is None else landscape.margin_db(won),
+        looked_at=shipped.looked_at,
+        forwards=evaluator.forwards,
+    )
+
+
+def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
+    """Simulate searches on both landscapes in turn."""
+    folder = Path("bench-out") / ("search_honesty-quick" if arguments.quick else "search_honesty")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "found.jsonl"
+    known = (
+        [Found(**json.loads(line)) for line in path.read_text().splitlines()]
+        if path.exists()
+        else []
+    )
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    count = _QUICK if arguments.quick else _SEARCHES
+    for number in range(len(known), count):
+        found = simulated(number // 2, number % 2 == 1, Options())
+        known.append(found)
+        with path.open("a") as file:
+            file.write(json.dumps(asdict(found)) + "\n")
+        console.print(f"search {number + 1} of {count}: {found}")
+    report(benchmark, known[:count])
+
+
+def report(benchmark: Benchmark, found: Sequence[Found]) -> None:
+    """Add the rows: all searches, then each landscape."""
+    groups = {
+        "": found,
+        " (smooth)": [f for f in found if not f.tips],
+        " (tipping)": [f for f in found if f.tips],
+    }
+    for name, group in groups.items():
+        judged = name == ""
+        won = [f for f in group if f.shipped is not None]
+        wrong = sum(f.margin_db is not None and f.margin_db < 0.0 for f in won)
+        worth = [f for f in group if f.best >= _WORTH]
+        none = sum(f.shipped is None for f in worth)
+        shares = [f.shipped / f.best for f in won if f.shipped is not None]
+        _add_share(
+            benchmark,
+            f"shipped and truly infeasible{name}",
+            wrong,
+            len(group),
+            _INFEASIBLE if judged else None,
+        )
+        _add_share(benchmark, f"no winner{name}", none, len(worth), _NONE if judged else None)
+        naive = sum(f.naive_margin_db < 0.0 for f in group)
+        _add_share(benchmark, f"naive pick truly infeasible{name}", naive, len(group), None)
+        median = float(np.median(shares)) if shares else 0.0
+        held = median >= _SHARE if judged else None
+        target = f">= {_SHARE}" if judged else ""
+        benchmark.add(
+            Row(f"true speedup / best feasible{name}", median, "", target, held, n=len(shares))
+        )
+    benchmark.conditions["search"] = f"{Options().trials} trials, 3 prompts each, then the proof"
+
+
+def _add_share(benchmark: Benchmark, figure: str, hits: int, n: int, most: float | None) -> None:
+    interval = stats.binomtest(hits, n).proportion_ci(method="wilson")
+    held = None if most is None else hits / n <= most
+    target = "" if most is None else f"<= {most}"
+    ci95 = (float(interval.low), float(interval.high))
+    benchmark.add(Row(figure, hits / n, "", target, held, ci95, n, status="simulated"))
+
+
+if __name__ == "__main__":
+    main("search_honesty", measure, __doc__ or "")

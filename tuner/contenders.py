@@ -1,0 +1,82 @@
+"""Which policies a search sends to the proof, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ditune.db.policy import Policy
+from ditune.db.records import Constraint, Trial
+from ditune.tuner.confirm import Candidates, Listed, Looked
+from ditune.tuner.frontier import Frontier, Glimpse, foreseeable, spreads
+from ditune.tuner.pace import candidates
+from ditune.tuner.quality import counts
+from ditune.tuner.space import Space
+
+_WORTH = 0.01  # of the speedup: for less, no further candidate is looked at
+_MORE_OF_COUNTS = 3  # times as many candidates: a few videos say little of what counts
+
+
+class Foreseen:
+    """Candidates for the proof: what is fastest and probably passes, by all that was measured."""
+
+    def __init__(
+        self, space: Space, trials: Sequence[Trial], proof_prompts: int, most: int
+    ) -> None:
+        """Take what the search measured.
+
+        Args:
+            space: Of the search.
+            trials: Of the search.
+            proof_prompts: How many prompts a candidate is measured on.
+            most: How many candidates to look at.
+        """
+        self._space = space
+        self._trials = trials
+        self._proof_prompts = proof_prompts
+        self._most = most
+
+    def next(self, looked: Sequence[Looked]) -> Policy | None:
+        """Return what promises the most over the best that held; None where that is little."""
+        if len(looked) == self._most:
+            return None
+        glimpses = [_glimpse(each) for each in looked]
+        frontier = Frontier(self._space, self._trials, glimpses, self._proof_prompts)
+        choices = frontier.choices(elsewhere=True)
+        seen = {each.policy.id: each for each in looked}
+        held = [c.speedup for c in choices if c.policy.id in seen and not seen[c.policy.id].reason]
+        promises = {
+            choice.policy: choice.promise(max(held, default=1.0))
+            for choice in choices
+            if choice.policy.id not in seen
+        }
+        best = max(promises, key=lambda policy: promises[policy], default=None)
+        little = _WORTH if held else 0.0
+        return best if best is not None and promises[best] > little else None
+
+
+def _glimpse(looked: Looked) -> Glimpse:
+    known = spreads(looked.quality, looked.values) if len(looked.values) > 1 else None
+    return Glimpse(looked.policy, looked.quality, known, elsewhere=True)
+
+
+def to_prove(
+    trials: Sequence[Trial],
+    space: Space,
+    constraints: Sequence[Constraint],
+    proof_prompts: int,
+    most: int,
+) -> Candidates:
+    """Return the candidates of a search.
+
+    Args:
+        trials: Of the search.
+        space: Of the search.
+        constraints: The floors.
+        proof_prompts: How many prompts a candidate is measured on.
+        most: How many candidates to look at; three times as many where a metric counts.
+    """
+    if foreseeable(space, trials):
+        return Foreseen(space, trials, proof_prompts, most)
+    if any(map(counts, constraints)):
+        most *= _MORE_OF_COUNTS
+    return Listed([trial.policy for trial in candidates(trials, most, space.sigmas)])
