@@ -32,7 +32,7 @@ from ditune.tuner.confirm import missed
 from ditune.tuner.evaluate import Case, Evaluator, cases_of
 from ditune.tuner.handoffs import edge, small_steps, switched
 from ditune.tuner.measurements import Measurement, Measurements
-from ditune.tuner.pace import candidates
+from ditune.tuner.pace import Pace, candidates
 from ditune.tuner.quality import parse_constraints
 from ditune.tuner.search import Budget
 from ditune.tuner.space import Space
@@ -87,6 +87,7 @@ class Found:
 
     policies: tuple[Policy, ...]
     sigmas: tuple[float, ...]  # of the plain schedule
+    pace: Pace
 
     def of_kind(self, kind: str) -> list[Policy]:
         """Return those of one family."""
@@ -123,7 +124,7 @@ class Comparison:
         trials = [Trial.model_validate_json(json.dumps(each)) for each in read["trials"]]
         sigmas = tuple(read["sigmas"])
         ordered = candidates(trials, len(trials), sigmas)
-        return Found(tuple(trial.policy for trial in ordered), sigmas)
+        return Found(tuple(trial.policy for trial in ordered), sigmas, Pace(trials, sigmas))
 
     def _search(self) -> tuple[list[Trial], list[float]]:
         """Run the search that `tune run` runs."""
@@ -163,6 +164,22 @@ class Comparison:
                     break
             self._say(f"{name}: {name_of(policy)} {f'fails: {reason}' if reason else 'holds'}")
             if not reason:
+                return policy
+        return None
+
+    def rival(
+        self,
+        name: str,
+        policies: Sequence[Policy],
+        judged: Judged,
+        may_hold: Callable[[Policy], bool],
+    ) -> Policy | None:
+        """Return the first of a rival's settings that is proved, or need not be: it is slower."""
+        for policy in policies:
+            if may_hold(policy):
+                self._say(f"{name}: {name_of(policy)} is slower than ours, and taken to hold")
+                return policy
+            if self.proved(name, [policy], judged) is not None:
                 return policy
         return None
 
@@ -232,8 +249,9 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
     for policy in chosen.values():
         judged.differences(policy, compared.held_out)
     batches_only = arguments.device != "cpu"
+    slower = slower_than(found, chosen.get(_HANDOFF))
     proved = {
-        name: compared.proved(name, policies, judged)
+        name: compared.rival(name, policies, judged, slower)
         for name, policies in rival_policies(found).items()
         if not (batches_only and any(map(decides, policies)))
     }
@@ -246,8 +264,19 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
     report(benchmark, compared, chosen, rivals)
 
 
+def slower_than(found: Found, ours: Policy | None) -> Callable[[Policy], bool]:
+    """Return what says whether a policy is slower than ours by its work alone."""
+    own = None if ours is None else found.pace.expected(ours, None)
+
+    def slower(policy: Policy) -> bool:
+        expected = found.pace.expected(policy, None)
+        return own is not None and expected is not None and expected < own
+
+    return slower
+
+
 def rival_policies(found: Found) -> dict[str, list[Policy]]:
-    """Return what is compared with, the fastest first: each stands with the first that is proved.
+    """Return what is compared with, the fastest first: each stands with the first that holds.
 
     The switch for good and the adaptive rules are in our search too; here they stand alone, and the
     switches that it found are added to an even choice.

@@ -71,6 +71,7 @@ class Frontier:
         assert space.schedules is not None
         self._schedules = space.schedules
         self._space = space
+        trials = [trial for trial in trials if trial.quality]  # not those that failed
         self._pace = Pace(trials, space.sigmas)
         seen = [Glimpse(t.policy, t.quality) for t in trials]
         self._others = [

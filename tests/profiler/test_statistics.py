@@ -9,9 +9,11 @@ from ditune.db.errors import UsageFault
 from ditune.profiler.statistics import (
     counts_lower_bound,
     counts_needed,
+    mean_below,
     mean_lower_bound,
     paired_speedup,
     quantiles,
+    worst_below,
     worst_lower_bound,
 )
 
@@ -83,3 +85,12 @@ def test_the_bound_of_counts_holds_as_often_as_it_says(worse: float) -> None:
     draws = source.choice([-1.0, 0.0, 1.0], p=[worse, 1 - 2 * worse, worse], size=(2000, 200))
     held = np.mean([counts_lower_bound(pairs) <= 0.0 for pairs in draws])
     assert 0.94 <= held <= 0.995
+
+
+@given(st.lists(st.floats(-50.0, 50.0), min_size=2, max_size=30))
+def test_bounds_lie_so_many_spreads_below_the_mean(values: list[float]) -> None:
+    mean, spread = float(np.mean(values)), float(np.std(values, ddof=1))
+    below_mean = mean - mean_below(len(values)) * spread
+    assert mean_lower_bound(values) == pytest.approx(below_mean, abs=1e-6)
+    below_worst = mean - worst_below(len(values), 20) * spread
+    assert worst_lower_bound(values, 20) == pytest.approx(min(*values, below_worst), abs=1e-6)

@@ -3,13 +3,14 @@ from __future__ import annotations
 from ditune.accel.apply import Summary
 from ditune.db.policy import MaskCache, Policy
 from ditune.db.records import Quality, Trial
-from ditune.tuner.confirm import confirm
+from ditune.tuner.confirm import Confirmation, Listed, Origin, Proof, confirm
 from ditune.tuner.evaluate import Case, Outcome
 from ditune.tuner.quality import parse_constraints
 
 FLOORS = parse_constraints("psnr>=35,psnr_worst>=27")
 CASES = [Case(f"prompt {i}", i) for i in range(12)]
 PROMPTS = "sha256:" + "1" * 64
+ORIGIN = Origin("study-1", PROMPTS)
 
 
 def trial(number: int) -> Trial:
@@ -58,21 +59,16 @@ def spread(mean: float, by: float = 0.5) -> list[float]:
     return [mean + by * (i % 3 - 1) for i in range(12)]
 
 
-def run(script: dict[int, tuple[list[float], float]]) -> tuple[Scripted, object]:
+def run(script: dict[int, tuple[list[float], float]]) -> tuple[Scripted, Confirmation]:
     evaluator = Scripted(script)
-    found = confirm(
-        evaluator,  # type: ignore[arg-type]
-        [trial(n) for n in script],
-        CASES,
-        prompts_digest=PROMPTS,
-    )
-    return evaluator, found
+    proof = Proof(evaluator, CASES)  # type: ignore[arg-type]
+    return evaluator, confirm(proof, Listed([trial(n).policy for n in script]), ORIGIN)
 
 
 def test_the_first_candidate_that_holds_ships_with_its_own_figures() -> None:
     _, found = run({0: (spread(40), 50.0), 1: (spread(44), 60.0)})
-    assert trial(0).policy == found.policy  # type: ignore[attr-defined]
-    evidence = found.evidence  # type: ignore[attr-defined]
+    assert trial(0).policy == found.policy
+    evidence = found.evidence
     assert evidence.candidates == 1
     assert evidence.speedup.n == 12
     assert 1.9 < evidence.speedup.median < 2.0
@@ -84,39 +80,39 @@ def test_the_first_candidate_that_holds_ships_with_its_own_figures() -> None:
 
 def test_a_candidate_whose_bound_misses_is_passed_over() -> None:
     evaluator, found = run({0: (spread(35.1, 1.0), 40.0), 1: (spread(40), 50.0)})
-    assert trial(1).policy == found.policy  # type: ignore[attr-defined]
-    assert found.evidence.candidates == 2  # type: ignore[attr-defined]
-    assert "certain only above" in found.reasons[0]  # type: ignore[attr-defined]
+    assert trial(1).policy == found.policy
+    assert found.evidence.candidates == 2
+    assert "certain only above" in found.reasons[0]
     assert (evaluator.tuned_runs, evaluator.plain_runs) == (12 + 12 + 6, 12 + 6)
-    assert found.evidence.speedup.n == 6  # type: ignore[attr-defined]
+    assert found.evidence.speedup.n == 6
 
 
 def test_each_speedup_rests_on_pairs_of_that_candidate() -> None:
     early = [40.0] * 5 + [26.0] * 7  # given up at the sixth prompt
     evaluator, found = run({0: (early, 20.0), 1: (spread(40), 50.0)})
     assert (evaluator.tuned_runs, evaluator.plain_runs) == (6 + 12, 12)
-    assert 1.9 < found.evidence.speedup.median < 2.0  # type: ignore[attr-defined]
-    assert found.evidence.speedup.n == 6  # type: ignore[attr-defined]
+    assert 1.9 < found.evidence.speedup.median < 2.0
+    assert found.evidence.speedup.n == 6
 
 
 def test_a_bad_candidate_is_given_up_early() -> None:
     evaluator, found = run({0: (spread(30), 40.0), 1: ([40.0, 26.0, *spread(40)[2:]], 40.0)})
-    assert found.policy is None  # type: ignore[attr-defined]
+    assert found.policy is None
     assert (evaluator.tuned_runs, evaluator.plain_runs) == (4 + 2, 4)
-    assert "psnr_worst 26 < 27" in found.reasons[1]  # type: ignore[attr-defined]
+    assert "psnr_worst 26 < 27" in found.reasons[1]
 
 
 def test_wide_scatter_is_no_proof_for_the_worst_prompt() -> None:
     _, found = run({0: (spread(37, 8.0), 40.0)})
-    assert found.policy is None  # type: ignore[attr-defined]
+    assert found.policy is None
 
 
 def test_a_policy_that_is_not_certainly_faster_does_not_ship() -> None:
     _, found = run({0: (spread(40), 99.5)})
-    assert found.policy is None  # type: ignore[attr-defined]
-    assert "not certainly faster" in found.reasons[0]  # type: ignore[attr-defined]
+    assert found.policy is None
+    assert "not certainly faster" in found.reasons[0]
 
 
 def test_nothing_to_confirm() -> None:
     _, found = run({})
-    assert (found.policy, found.evidence, found.looked_at) == (None, None, 0)  # type: ignore[attr-defined]
+    assert (found.policy, found.evidence, found.looked_at) == (None, None, 0)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
+from tests.tuner.test_frontier import level_db, tried
+from tests.tuner.test_schedule import trajectory_of
 from tests.tuner.test_search import STEPS, prior, profile
 
 from ditune.db.policy import AdaptiveHandoff, BandedHandoff, Handoff, MaskCache, Policy, RuleCache
@@ -127,3 +130,28 @@ def test_a_stroke_of_luck_does_not_keep_the_levels_above_it_from_being_tried(
     done = climbed(Space(with_curve(RISING), handoff=True), needed=range(10, STEPS))
     for cached in (False, True):
         assert any(exact(policy, range(10, STEPS)) for policy in held(done, cached=cached))
+
+
+def test_where_masks_are_foreseen_the_rules_still_have_their_turn() -> None:
+    random = np.random.default_rng(7)
+    outputs = np.cumsum(random.standard_normal((STEPS, 30)), axis=0)
+    space = Space(profile(), handoff=False, trajectories=[trajectory_of(outputs)])
+    ladders = Ladders(space)
+    done = [tried(0, Policy(), 100.0)]
+    sampled = []
+    while len(done) < 16:
+        proposal = ladders.next(done)
+        number = len(done)
+        if proposal is None:  # the sampler's turn
+            sampled.append(number)
+            rule = RuleCache(threshold=0.1 + 0.01 * number)
+            done.append(tried(number, Policy(cache=rule), 30.0))
+            continue
+        policy = proposal.policy or space.policy(proposal.parameters)
+        level = 30.0 if isinstance(policy.cache, RuleCache) else level_db(space, policy)
+        done.append(tried(number, policy, level))
+    assert sampled == [4, 9, 14]
+    assert space.policy(space.default().parameters) == done[5].policy
+    masks = [t.policy for t in done if isinstance(t.policy.cache, MaskCache)]
+    assert len(masks) == 11
+    assert len({policy.id for policy in masks}) == 11

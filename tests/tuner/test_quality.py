@@ -8,6 +8,7 @@ from ditune.tuner.quality import (
     PSNR_CAP_DB,
     bound_by,
     cases_to_search,
+    in_decibels,
     metrics,
     needs_reference,
     parse_constraints,
@@ -114,3 +115,14 @@ def test_the_plain_video_is_scored_once_by_metrics_without_a_reference(
 )
 def test_a_search_lets_one_video_get_worse(floors: str, videos: int) -> None:
     assert cases_to_search(parse_constraints(floors)) == videos
+
+
+def test_levels_grow_by_ten_where_the_squared_error_falls_to_a_tenth() -> None:
+    psnr, ssim = in_decibels("psnr"), in_decibels("ssim")
+    assert psnr is not None
+    assert ssim is not None
+    assert psnr(35.0) == 35.0
+    assert ssim(0.999) - ssim(0.99) == pytest.approx(10.0)
+    assert ssim(1.0) == 100.0
+    assert in_decibels("judge_digit") is None
+    assert in_decibels("nobody knows") is None

@@ -14,10 +14,11 @@ STEPS = 9
 SIGMAS = np.linspace(1.0, 0.1, STEPS) ** 1.5
 
 
-def trajectory(outputs: np.ndarray) -> Trajectory:
+def trajectory_of(outputs: np.ndarray) -> Trajectory:
     """Return a trajectory of given outputs [steps, values]; the latents play no part here."""
     rows = np.concatenate([outputs, np.zeros_like(outputs)])
-    return Trajectory(rows @ rows.T / outputs.shape[1], SIGMAS)
+    sigmas = np.linspace(1.0, 0.1, len(outputs)) ** 1.5
+    return Trajectory(rows @ rows.T / outputs.shape[1], sigmas)
 
 
 def cost(outputs: np.ndarray, computed: tuple[int, ...], axis: np.ndarray, early: float) -> float:
@@ -46,7 +47,7 @@ def test_no_schedule_of_the_same_budget_is_better(seed: int, budget: int, early:
     random = np.random.default_rng(seed)
     outputs = np.cumsum(random.standard_normal((STEPS, 30)), axis=0)
     axis = np.cumsum(random.uniform(0.1, 2.0, STEPS))
-    found = StepSchedules([trajectory(outputs)], axis.tolist()).computed(budget, early)
+    found = StepSchedules([trajectory_of(outputs)], axis.tolist()).computed(budget, early)
     assert len(found) == budget
     assert found[0] == 0
     others = itertools.combinations(range(1, STEPS), budget - 1)
@@ -57,7 +58,7 @@ def test_no_schedule_of_the_same_budget_is_better(seed: int, budget: int, early:
 def test_outputs_that_move_evenly_over_the_axis_need_two_computed_steps() -> None:
     axis = np.array([0.0, 0.1, 0.3, 0.4, 1.0, 2.5, 2.6, 2.8, 5.0])
     outputs = 1.0 + axis[:, None] * np.array([[1.0, -2.0, 0.5]])
-    schedules = StepSchedules([trajectory(outputs)], axis.tolist())
+    schedules = StepSchedules([trajectory_of(outputs)], axis.tolist())
     assert schedules.computed(2) == [0, 1]  # any gap after the first reuses a constant
     assert cost(outputs, (0, 1), axis, 0.0) == pytest.approx(0.0, abs=1e-12)
 
@@ -65,13 +66,13 @@ def test_outputs_that_move_evenly_over_the_axis_need_two_computed_steps() -> Non
 def test_steps_are_computed_where_outputs_turn() -> None:
     outputs = np.zeros((STEPS, 4))
     outputs[5:] = np.arange(STEPS - 5)[:, None] + 1.0  # still, then a ramp
-    found = StepSchedules([trajectory(outputs)]).computed(4)
+    found = StepSchedules([trajectory_of(outputs)]).computed(4)
     assert {4, 5} <= set(found) or {5, 6} <= set(found)
 
 
 def test_errors_that_matter_early_move_computed_steps_there() -> None:
     outputs = np.cumsum(np.random.default_rng(0).standard_normal((STEPS, 30)), axis=0)
-    schedules = StepSchedules([trajectory(outputs)])
+    schedules = StepSchedules([trajectory_of(outputs)])
     evenly, early = (sum(schedules.computed(4, weight)) for weight in (0.0, 100.0))
     assert early < evenly
 
@@ -85,5 +86,5 @@ def test_gains_fall_to_one() -> None:
 
 def test_several_prompts_share_one_schedule() -> None:
     many = [np.random.default_rng(seed).standard_normal((STEPS, 30)) for seed in range(3)]
-    schedules = StepSchedules([trajectory(outputs) for outputs in many])
+    schedules = StepSchedules([trajectory_of(outputs) for outputs in many])
     assert len(schedules.computed(5)) == 5

@@ -169,6 +169,19 @@ def test_baseline_comes_first_and_the_search_finds_something_faster(tmp_path: Pa
     assert all(t.feasible for t in best)
 
 
+def test_an_explicit_mask_is_tried_as_it_stands(tmp_path: Path) -> None:
+    cache = MaskCache(actions=("full", *["step"] * 7, "full", *["step"] * 11))
+    store = MemoryStore()
+    found, evaluator = search(store, f"sqlite:///{tmp_path}/study.db")
+    found._enqueue(found.space.explicit(cache))
+    found.run(Budget(trials=2), lambda *_: None)
+    assert [t.policy for t in store.trials("study-1")] == [Policy(), Policy(cache=cache)]
+    assert evaluator.calls == [Policy(cache=cache).id]
+    told = found.study.trials[1].params
+    assert told["compute_frac"] == 2 / STEPS
+    assert (told["order"], told["form"]) == (1, "output")
+
+
 def test_a_policy_is_never_measured_twice(tmp_path: Path) -> None:
     store = MemoryStore()
     found, evaluator = search(store, f"sqlite:///{tmp_path}/study.db")

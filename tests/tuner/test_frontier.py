@@ -1,0 +1,174 @@
+"""Masks are chosen by what is expected of them in the proof, not by what the search saw."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tests.tuner.test_schedule import trajectory_of
+from tests.tuner.test_search import STEPS, prior, profile
+
+from ditune.db.policy import MaskCache, Policy, RuleCache
+from ditune.db.records import Quality, Trial
+from ditune.tuner.frontier import Choice, Frontier, Glimpse, foreseeable, proposed, whole_mask
+from ditune.tuner.schedule import gains
+from ditune.tuner.space import Space
+
+PROOF_PROMPTS = 20
+FLOOR_DB = 35.0
+SPREAD_DB = 2.0
+
+
+@pytest.fixture(scope="module")
+def space() -> Space:
+    random = np.random.default_rng(7)
+    outputs = np.cumsum(random.standard_normal((STEPS, 30)), axis=0)
+    return Space(profile(), handoff=False, trajectories=[trajectory_of(outputs)])
+
+
+def level_db(space: Space, policy: Policy) -> float:
+    """Return a truth that asks for more steps late than is usual."""
+    assert isinstance(policy.cache, MaskCache)
+    assert space.schedules is not None
+    computed = [step for step, action in enumerate(policy.cache.actions) if action == "full"]
+    where, squared = space.schedules.errors(computed)
+    weights = gains(STEPS, 5.0) ** 2 * np.exp(np.linspace(-3.0, 1.0, STEPS + 1))
+    return (
+        22.0
+        - 10.0 * float(np.log10(squared @ weights[where]))
+        - 4.0 * (2 - policy.cache.payload.order)
+    )
+
+
+def qualities(mean: float, worst_floor: float = 20.0, n: int = 3) -> dict[str, Quality]:
+    worst = mean - SPREAD_DB * 0.87  # of three
+    return {
+        "psnr": Quality(floor=FLOOR_DB, mean=mean, worst=worst, n=n),
+        "psnr_worst": Quality(floor=worst_floor, mean=mean, worst=worst, n=n),
+    }
+
+
+def tried(number: int, policy: Policy, mean: float, worst_floor: float = 20.0) -> Trial:
+    work_ratio = 1.0
+    if isinstance(policy.cache, MaskCache):
+        work_ratio = STEPS / policy.cache.actions.count("full")
+    found = {
+        "speedup": 1.0 / (0.1 + 0.9 / work_ratio),
+        "work_ratio": work_ratio,
+        "quality": qualities(mean, worst_floor),
+    }
+    return prior(number, policy).model_copy(update=found)
+
+
+def searched(space: Space, count: int) -> list[Trial]:
+    """Return the trials of a search that always takes what is proposed."""
+    trials = [tried(0, Policy(), 100.0)]
+    while len(trials) < count:
+        proposal = proposed(space, trials, PROOF_PROMPTS)
+        assert proposal is not None
+        policy = proposal.policy or space.policy(proposal.parameters)
+        trials.append(tried(len(trials), policy, level_db(space, policy)))
+    return trials
+
+
+def choice(frontier: Frontier, policy: Policy, *, elsewhere: bool = True) -> Choice:
+    return next(c for c in frontier.choices(elsewhere=elsewhere) if c.policy == policy)
+
+
+def computed(policy: Policy) -> int:
+    assert isinstance(policy.cache, MaskCache)
+    return policy.cache.actions.count("full")
+
+
+def test_a_search_is_foreseen_where_errors_are_measured(space: Space) -> None:
+    trials = [tried(0, Policy(), 100.0)]
+    assert foreseeable(space, trials)
+    assert not foreseeable(space, [])
+    assert not foreseeable(Space(profile(), handoff=False), trials)
+    judged = trials[0].model_copy(update={"quality": {"judge_digit": qualities(0.0)["psnr"]}})
+    assert not foreseeable(space, [judged])
+
+
+def test_only_masks_of_whole_steps_are_foreseen() -> None:
+    assert whole_mask(Policy(cache=MaskCache(actions=("full", "step", "full"))))
+    assert not whole_mask(Policy(cache=MaskCache(actions=("full", "block", "step"))))
+    assert not whole_mask(Policy(cache=RuleCache()))
+    assert not whole_mask(Policy())
+
+
+def test_a_search_finds_masks_that_the_usual_ones_do_not_reach(space: Space) -> None:
+    trials = searched(space, 14)
+    ids = [trial.policy.id for trial in trials]
+    assert len(set(ids)) == len(ids)  # nothing is proposed twice
+    needed = FLOOR_DB + 1.0
+    held = [t.policy for t in trials[1:] if t.quality["psnr"].mean >= needed]
+    usual = next(
+        n
+        for n in range(space.fewest, STEPS)
+        if level_db(space, space.policy(space.prior(n).parameters)) >= needed
+    )
+    assert min(map(computed, held)) <= usual - 2
+
+
+def test_faster_masks_pass_less_often(space: Space) -> None:
+    trials = searched(space, 8)
+    frontier = Frontier(space, trials, (), PROOF_PROMPTS)
+    by_budget: dict[int, float] = {}
+    for each in frontier.choices(elsewhere=True):
+        if whole_mask(each.policy):
+            budget = computed(each.policy)
+            by_budget[budget] = max(by_budget.get(budget, 0.0), each.chance)
+    chances = [by_budget[budget] for budget in sorted(by_budget)]
+    assert chances[0] < 0.01
+    assert chances[-1] > 0.99
+    assert all(low <= high + 0.05 for low, high in zip(chances, chances[1:], strict=False))
+
+
+def test_a_mask_just_at_its_floor_seldom_passes(space: Space) -> None:
+    policies = [space.policy(space.prior(n).parameters) for n in (4, 8, 12)]
+    means = (28.0, FLOOR_DB, 41.0)
+    trials = [tried(n, p, m) for n, (p, m) in enumerate(zip(policies, means, strict=True))]
+    frontier = Frontier(space, trials, (), PROOF_PROMPTS)
+    assert choice(frontier, policies[1]).chance < 0.45
+    assert choice(frontier, policies[2]).chance > 0.9
+    # on the prompts of the search nothing but the margin of the proof is missing
+    assert choice(frontier, policies[1], elsewhere=False).chance < 0.2
+
+
+def test_the_worst_prompt_binds_where_prompts_differ_much(space: Space) -> None:
+    policies = [space.policy(space.prior(n).parameters) for n in (4, 8, 12)]
+    means = (28.0, 38.0, 41.0)
+    both = list(enumerate(zip(policies, means, strict=True)))
+    loose = Frontier(space, [tried(n, p, m) for n, (p, m) in both], (), PROOF_PROMPTS)
+    tight = Frontier(space, [tried(n, p, m, 34.0) for n, (p, m) in both], (), PROOF_PROMPTS)
+    assert choice(loose, policies[1]).chance > 0.8
+    assert choice(tight, policies[1]).chance < 0.3
+
+
+def test_a_proof_moves_what_is_expected_of_all(space: Space) -> None:
+    trials = searched(space, 8)
+    policy = max((t.policy for t in trials[1:]), key=computed)
+    level = level_db(space, policy)
+    before = Frontier(space, trials, (), PROOF_PROMPTS)
+    others = [t.policy for t in trials[1:] if t.policy != policy]
+    for shift, moves in ((-4.0, -1), (4.0, 1)):
+        quality = qualities(level + shift, n=PROOF_PROMPTS)
+        seen = Glimpse(policy, quality, {"psnr": SPREAD_DB}, elsewhere=True)
+        after = Frontier(space, trials, [seen], PROOF_PROMPTS)
+        apart = [choice(after, p).chance - choice(before, p).chance for p in others]
+        assert moves * max(apart, key=abs) > 0.1
+        assert all(moves * each > -0.05 for each in apart)
+
+
+def test_a_rule_counts_by_what_it_gave(space: Space) -> None:
+    trials = searched(space, 6)
+    rule = Policy(cache=RuleCache())
+    low, high = (tried(20, rule, mean) for mean in (33.0, 42.0))
+    for trial, passes in ((low, False), (high, True)):
+        frontier = Frontier(space, [*trials, trial], (), PROOF_PROMPTS)
+        assert (choice(frontier, rule).chance > 0.5) == passes
+
+
+def test_nothing_faster_promises_nothing() -> None:
+    slower = Choice(Policy(), speedup=2.0, chance=1.0)
+    assert slower.promise(2.0) == slower.promise(3.0) == 0.0
+    assert slower.promise(1.0) == pytest.approx(np.log(2.0))
