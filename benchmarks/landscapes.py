@@ -65,7 +65,7 @@ class Landscape:
         early = math.exp(random.normal(math.log(5.0), 0.7))
         gain = 1.0 + early * (1.0 - place) ** random.uniform(2.5, 6.0)
         self.rates = made * gain**2
-        self.growth = random.uniform(1.0, 2.0)
+        self.growth = random.uniform(3.0, 5.0)
         self.payload_db = {
             "order 0": 7.0,
             "order 1": 0.0,

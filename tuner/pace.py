@@ -49,7 +49,7 @@ class Pace:
 
     def speedup(self, trial: Trial) -> float:
         """Return a trial's speedup, its noise shrunk towards what its work says."""
-        assert trial.speedup is not None
+        assert trial.speedup is not None  # of a complete trial
         expected = self.expected(trial.policy, trial.work_ratio)
         if expected is None:
             return trial.speedup
@@ -87,7 +87,10 @@ class Pace:
 
 
 def candidates(trials: Sequence[Trial], count: int, sigmas: Sequence[float] = ()) -> list[Trial]:
-    """Return the feasible trials to confirm: distinct policies, the fastest first.
+    """Return the trials to confirm: distinct policies, the fastest first.
+
+    Those that may have been unlucky are among them: where a metric counts, a few dozen videos say
+    little, and the proof gives up early on what is wrong.
 
     Args:
         trials: Of one study.
@@ -95,8 +98,12 @@ def candidates(trials: Sequence[Trial], count: int, sigmas: Sequence[float] = ()
         sigmas: Noise level of each step.
     """
     pace = Pace(trials, sigmas)
-    feasible = [t for t in trials if t.feasible and t.speedup is not None and t.policy != Policy()]
+    possible = [
+        trial
+        for trial in trials
+        if trial.state == "complete" and trial.reason is None and trial.policy != Policy()
+    ]
     distinct: dict[str, Trial] = {}
-    for trial in sorted(feasible, key=pace.speedup, reverse=True):
+    for trial in sorted(possible, key=pace.speedup, reverse=True):
         distinct.setdefault(trial.policy.id, trial)
     return list(distinct.values())[:count]

@@ -80,3 +80,11 @@ def test_work_that_shows_only_in_the_run_says_nothing() -> None:
 def test_the_first_trial_stands_for_itself() -> None:
     first = cached(1, 2.0, 1.9)
     assert Pace([first], ()).speedup(first) == pytest.approx(1.9)
+
+
+def test_what_may_have_been_unlucky_is_looked_at_and_what_missed_for_sure_is_not() -> None:
+    held, unlucky, sure = cached(1, 2.0, 2.0), cached(2, 3.0, 3.0), cached(3, 4.0, 4.0)
+    unlucky = unlucky.model_copy(update={"violation": {"judge_digit": 0.5}})
+    sure = sure.model_copy(update={"violation": {"judge_digit": 2.0}, "reason": "misses"})
+    early = cached(4, 5.0, 5.0).model_copy(update={"state": "rejected"})
+    assert [t.number for t in candidates([held, unlucky, sure, early], 4)] == [2, 1]
