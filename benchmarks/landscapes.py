@@ -23,11 +23,13 @@ from scipy.ndimage import gaussian_filter1d
 
 from ditune.accel.apply import Summary
 from ditune.accel.trigger import Measured, trigger_for
-from ditune.db.policy import Action, CachePolicy, MaskCache, Payload, Policy
+from ditune.db.policy import Action, CachePolicy, Granularity, MaskCache, Payload, Policy
 from ditune.tuner.evaluate import Case, Outcome
 from ditune.tuner.quality import parse_constraints
 from ditune.tuner.space import Space
 
+SEARCH_PROMPTS = tuple(f"prompt {n}" for n in range(0, 200, 2))
+PROOF_PROMPTS = tuple(f"prompt {n}" for n in range(1, 200, 2))
 FLOORS = "psnr>=35,psnr_worst>=27"
 _MEAN_FLOOR, _WORST_FLOOR = 35.0, 27.0
 _PLAIN_MS, _REST = 1_000.0, 0.08  # of a plain call, and the share of it outside the steps
@@ -35,7 +37,7 @@ _REUSED = 0.01  # what a reused step costs, in full steps
 _CAP_DB = 100.0
 _PROMPT_SD, _OWN_SD = 2.5, 0.5  # dB: between prompts, and of a policy on a prompt
 _LATENCY_SD, _OUTLIERS = 0.02, 0.05
-_TIP_DB, _TIP_WIDTH, _TIP_SPREAD = 9.0, 0.2, 0.25
+_CLIFF_DB, _CLIFF_WIDTH, _CLIFF_SPREAD = 9.0, 0.2, 0.25  # depth; of the log of a gap's cost
 _UNSEEN, _PROMISED = 20, 0.9  # prompts, and how often the worst of so many holds its floor
 _EARLY = STEPS // 3
 
@@ -46,20 +48,20 @@ class Landscape:
 
     Attributes:
         seed: Of everything in it.
-        tips: Whether some prompts fall off a cliff.
+        cliff: Whether quality falls off a cliff where too long a gap comes early.
     """
 
     seed: int
-    tips: bool
+    cliff: bool
     rates: np.ndarray = field(init=False)  # [steps]: error that a reused step of age 1 adds
     growth: float = field(init=False)  # power of the age with which it grows
     payload_db: dict[str, float] = field(init=False)  # what a payload loses against the usual one
     offset_db: float = field(init=False)
-    tipping: float = field(init=False)  # cost of an early gap at which every second prompt tips
+    edge: float = field(init=False)  # cost of an early gap at which every second prompt falls
 
     def __post_init__(self) -> None:
         """Draw the problem; its scale is set so that the best mask has 8 to 16 of 50 steps."""
-        random = np.random.default_rng([self.seed, int(self.tips)])
+        random = np.random.default_rng([self.seed, int(self.cliff)])
         place = np.arange(STEPS) / STEPS
         made = np.exp((1.0 - place) ** 3 + place**6 + _smooth(random, 0.5))
         early = math.exp(random.normal(math.log(5.0), 0.7))
@@ -79,7 +81,7 @@ class Landscape:
         budget = int(random.integers(8, 17))
         least, chosen = self._shortest(budget)
         self.offset_db = _MEAN_FLOOR + 10.0 * math.log10(least * self._best_payload)
-        self.tipping = 1.5 * self._early_gap(chosen)
+        self.edge = 1.5 * self._early_gap(chosen)
         self._shown = made**0.5 * np.exp(_smooth(random, 0.25))
         self._draws = int(random.integers(2**31))
 
@@ -94,15 +96,15 @@ class Landscape:
         """Return the speedup without noise."""
         if policy.cache is None:
             return 1.0
-        masks = [self._executed(policy.cache, case) for case in _typical(policy.cache)]
-        return float(np.median([1.0 / self._share(policy.cache, mask) for mask in masks]))
+        masks = [self.executed(policy.cache, case) for case in _typical(policy.cache)]
+        return float(np.median([1.0 / self.share_of(policy.cache, mask) for mask in masks]))
 
     def margin_db(self, policy: Policy) -> float:
         """Return by how much the floor with the least room is held; below zero it is broken."""
         cache = policy.cache
         if cache is None:
             return _CAP_DB - _MEAN_FLOOR
-        masks = [self._executed(cache, case) for case in _typical(cache)]
+        masks = [self.executed(cache, case) for case in _typical(cache)]
         levels = np.concatenate([self._levels(cache, mask) for mask in masks])
         worst = self._worst(levels)
         return min(float(levels.mean()) - _MEAN_FLOOR, worst - _WORST_FLOOR)
@@ -114,11 +116,11 @@ class Landscape:
             for limit in self._limits():
                 _, chosen = self._shortest(budget, limit)
                 if chosen and self._mask_margin(chosen) >= 0.0:
-                    return 1.0 / self._share(None, _actions(chosen)), budget
+                    return 1.0 / self.share_of(None, _actions(chosen)), budget
         return 1.0, STEPS
 
     def _mask_margin(self, chosen: Sequence[int]) -> float:
-        levels = self._db(self._cost(chosen) * self._best_payload) - self._tip_db(chosen)
+        levels = self._db(self._cost(chosen) * self._best_payload) - self._fallen_db(chosen)
         return min(float(levels.mean()) - _MEAN_FLOOR, self._worst(levels) - _WORST_FLOOR)
 
     @cached_property
@@ -130,8 +132,8 @@ class Landscape:
     def _limits(self) -> list[float]:
         """Return the longest early gaps to allow, as costs, the most first."""
         return (
-            [math.inf, *(self.tipping * f for f in np.geomspace(4.0, 0.05, 16))]
-            if self.tips
+            [math.inf, *(self.edge * f for f in np.geomspace(4.0, 0.05, 16))]
+            if self.cliff
             else [math.inf]
         )
 
@@ -172,29 +174,33 @@ class Landscape:
         return float(total[last]), chosen[::-1]
 
     def _cost(self, chosen: Sequence[int]) -> float:
-        return sum(self._gaps[a, b] for a, b in zip(chosen, [*chosen[1:], STEPS], strict=True))
+        return sum(
+            float(self._gaps[a, b]) for a, b in zip(chosen, [*chosen[1:], STEPS], strict=True)
+        )
 
     def _early_gap(self, chosen: Sequence[int]) -> float:
         stops = [*chosen[1:], STEPS]
-        return max(self._gaps[a, b] for a, b in zip(chosen, stops, strict=True) if a < _EARLY)
+        return max(
+            float(self._gaps[a, b]) for a, b in zip(chosen, stops, strict=True) if a < _EARLY
+        )
 
     def _db(self, error: float) -> float:
         return min(self.offset_db - 10.0 * math.log10(max(error, 1e-12)), _CAP_DB)
 
-    def _tip_db(self, chosen: Sequence[int], at: np.ndarray | None = None) -> np.ndarray:
-        """Return what prompts lose that tip; `at` is where each does, by default all quantiles."""
+    def _fallen_db(self, chosen: Sequence[int], at: np.ndarray | None = None) -> np.ndarray:
+        """Return what prompts lose that fall; `at` is where each does, by default all quantiles."""
         where = stats.norm.ppf((np.arange(200) + 0.5) / 200) if at is None else at
         longest = self._early_gap(chosen)
-        if not self.tips or longest <= 0.0:
+        if not self.cliff or longest <= 0.0:
             return np.zeros_like(where)
-        past = math.log(longest / self.tipping) - _TIP_SPREAD * where
-        lost: np.ndarray = _TIP_DB * stats.norm.cdf(past / _TIP_WIDTH)
+        past = math.log(longest / self.edge) - _CLIFF_SPREAD * where
+        lost: np.ndarray = _CLIFF_DB * stats.norm.cdf(past / _CLIFF_WIDTH)
         return lost
 
     def _levels(self, cache: CachePolicy, mask: Sequence[Action]) -> np.ndarray:
-        """Return the mean PSNR of prompts, by where they tip."""
+        """Return the mean PSNR of prompts, by where they fall."""
         chosen = _computed(mask)
-        return self._db(self._cost(chosen) * self._lost(cache.payload)) - self._tip_db(chosen)
+        return self._db(self._cost(chosen) * self._lost(cache.payload)) - self._fallen_db(chosen)
 
     def _worst(self, levels: np.ndarray) -> float:
         """Return what the worst of some unseen prompts exceeds with the promised probability."""
@@ -214,7 +220,7 @@ class Landscape:
 
     # --- what a run shows --------------------------------------------------------------------
 
-    def _executed(self, cache: CachePolicy, case: Case) -> list[Action]:
+    def executed(self, cache: CachePolicy, case: Case) -> list[Action]:
         """Return what a policy does at each step of a case."""
         trigger = trigger_for(cache, STEPS, {"step", "cfg", "block"})
         pace = self._shown / self._shown.mean() * math.exp(0.15 * _draw(self.seed, "pace", case))
@@ -227,7 +233,11 @@ class Landscape:
             done.append(trigger.decide(step, change))
             if done[-1] == "full":
                 deviation = 0.08 * float(pace[last + 1 : step + 1].sum())
-                distances = {"step": change, "cfg": 1.5 * change, "block": 1.2 * change}
+                distances: dict[Granularity, float] = {
+                    "step": change,
+                    "cfg": 1.5 * change,
+                    "block": 1.2 * change,
+                }
                 seen = Measured(
                     deviation if getattr(cache, "indicator", 1) is None else None, distances
                 )
@@ -235,7 +245,7 @@ class Landscape:
                 last = step
         return done
 
-    def _share(self, cache: CachePolicy | None, mask: Sequence[Action]) -> float:
+    def share_of(self, cache: CachePolicy | None, mask: Sequence[Action]) -> float:
         """Return the share of the plain call's time."""
         blocks = 0.0 if cache is None else min((cache.fn_blocks + cache.bn_blocks) / 10, 1.0)
         costs = {"full": 1.0, "step": _REUSED, "cfg": 0.5, "block": max(blocks, _REUSED)}
@@ -246,12 +256,12 @@ class Landscape:
         cache = policy.cache
         if cache is None:
             return _CAP_DB
-        chosen = _computed(self._executed(cache, case))
-        at = np.array([_draw(self.seed, "tips", case)])
+        chosen = _computed(self.executed(cache, case))
+        at = np.array([_draw(self.seed, "cliff", case)])
         level = self._db(self._cost(chosen) * self._lost(cache.payload))
         own = _OWN_SD * _draw(self.seed, policy.id, case)
         prompt = _PROMPT_SD * _draw(self.seed, "prompt", case)
-        return min(level - float(self._tip_db(chosen, at)[0]) + prompt + own, _CAP_DB)
+        return min(level - float(self._fallen_db(chosen, at)[0]) + prompt + own, _CAP_DB)
 
 
 class Simulated:
@@ -279,8 +289,10 @@ class Simulated:
         self._plain(case)
         baseline_ms = self._latency(1.0) if paired else None
         self.forwards += STEPS if paired else 0
-        mask = self._landscape._executed(policy.cache, case) if policy.cache else ["full"] * STEPS
-        share = self._landscape._share(policy.cache, mask)
+        mask: list[Action] = ["full"] * STEPS
+        if policy.cache is not None:
+            mask = self._landscape.executed(policy.cache, case)
+        share = self._landscape.share_of(policy.cache, mask)
         computed = mask.count("full")
         self.forwards += computed
         work = STEPS / sum({"full": 1.0, "step": 0.0, "cfg": 0.5, "block": 0.5}[a] for a in mask)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from benchmarks.landscapes import Landscape, Simulated
+from benchmarks.landscapes import PROOF_PROMPTS, SEARCH_PROMPTS, Landscape, Simulated
 from benchmarks.rows import Benchmark, Row, main
 from rich.console import Console
 from scipy import stats
@@ -30,7 +30,6 @@ from ditune.tuner.search import Budget, Search
 from ditune.tuner.session import Options
 
 _SEARCHES, _QUICK = 300, 4
-_PROMPTS = tuple(f"prompt {n}" for n in range(200))
 _SEARCH_SEED, _PROOF_SEED = 1_000, 500_000
 _WORTH = 1.1  # a feasible policy this fast should be found
 _INFEASIBLE, _NONE, _SHARE = 0.02, 0.05, 0.93
@@ -41,7 +40,7 @@ class Found:
     """What one search came to."""
 
     seed: int
-    tips: bool
+    cliff: bool
     best: float  # the greatest true speedup that holds the floors
     naive: float  # true speedup of the naive pick, 1 if there was none
     naive_margin_db: float
@@ -67,17 +66,17 @@ class Memory:
         return list(self._trials)
 
 
-def simulated(seed: int, tips: bool, options: Options) -> Found:
+def simulated(seed: int, cliff: bool, options: Options) -> Found:
     """Run one search as `tune run` does, and compare what it ships with the truth."""
-    landscape = Landscape(seed, tips)
+    landscape = Landscape(seed, cliff)
     evaluator = Simulated(landscape, seed)
     space = landscape.space()
-    cases = cases_of(_PROMPTS[0::2], options.search_prompts, _SEARCH_SEED + 1_000 * seed)
+    cases = cases_of(SEARCH_PROMPTS, options.search_prompts, _SEARCH_SEED + 1_000 * seed)
     with tempfile.TemporaryDirectory() as folder:
         search = Search("study-simulated", space, evaluator, cases, seed)
         search.open(f"sqlite:///{folder}/study.db", Memory())
         trials = search.run(Budget(options.trials), lambda *_: None)
-    proof = cases_of(_PROMPTS[1::2], options.confirm_prompts, _PROOF_SEED + 1_000 * seed)
+    proof = cases_of(PROOF_PROMPTS, options.confirm_prompts, _PROOF_SEED + 1_000 * seed)
     most = options.confirm_candidates
     contenders = to_prove(trials, space, evaluator.constraints, len(proof), most)
     origin = Origin("study-simulated", "sha256:" + "0" * 64)
@@ -87,7 +86,7 @@ def simulated(seed: int, tips: bool, options: Options) -> Found:
     won = shipped.policy
     return Found(
         seed,
-        tips,
+        cliff,
         best=landscape.best[0],
         naive=landscape.true_speedup(naive),
         naive_margin_db=landscape.margin_db(naive),
@@ -123,8 +122,8 @@ def report(benchmark: Benchmark, found: Sequence[Found]) -> None:
     """Add the rows: all searches, then each landscape."""
     groups = {
         "": found,
-        " (smooth)": [f for f in found if not f.tips],
-        " (tipping)": [f for f in found if f.tips],
+        " (smooth)": [f for f in found if not f.cliff],
+        " (with a cliff)": [f for f in found if f.cliff],
     }
     for name, group in groups.items():
         judged = name == ""
