@@ -45,7 +45,7 @@ _CACHE, _HANDOFF, _JOINT = "cache only", "hand-off only", "both"
 _FIRST, _GOOD, _SMALL = "small model first", "switch for good", "small model alone"
 _DELTAS = (0.01, 0.03)  # of the official adaptive rule
 _SHARES = (0.8, 0.6, 0.4, 0.2, 0.1, 0.04)  # of the steps, that come first
-_LOOKS = (25, 100, 200, 400, 700)  # videos after which a proof may end early
+_LOOKS = (50, 100, 150, 200, 300, 400, 550, 700, 850)  # videos after which a proof may end early
 _IN_TURN = "in turn"
 _SEARCH_SEED, _HELD_OUT_SEED = 1_000, 1_200_000
 _PROOF_BLOCKS = ((600_000, 400), (900_000, 600))  # seed, pairs; decision 13 says why two
@@ -159,7 +159,7 @@ class Comparison:
             reason = ""
             for seen in (*(look for look in _LOOKS if look < len(self.proof)), len(self.proof)):
                 values = judged.differences(policy, self.proof[:seen])
-                reason = missed(self.floors, values, final=seen == len(self.proof))
+                reason = missed(self.floors, values, len(self.proof) - seen)
                 if reason:
                     break
             self._say(f"{name}: {name_of(policy)} {f'fails: {reason}' if reason else 'holds'}")

@@ -39,7 +39,7 @@ _SEARCH_SEED = 1_000
 
 @dataclass(frozen=True)
 class Step:
-    """The plain optimiser after an evaluation: the best truly feasible speedup, and all forwards."""
+    """The plain optimiser after an evaluation: its best truly feasible speedup, all forwards."""
 
     best: float
     forwards: int

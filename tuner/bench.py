@@ -251,7 +251,7 @@ class Bench:
         values = []
         for case in self._confirmation:
             values.append(self._runs.timed(name, setting, case).values)
-            reason = missed(floors, values, final=len(values) == len(self._confirmation))
+            reason = missed(floors, values, len(self._confirmation) - len(values))
             if reason:
                 return reason
         return ""

@@ -6,6 +6,7 @@ to look at, and plays no part in the evidence.
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -13,15 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from scipy import stats
+
 from ditune.db.policy import Policy
 from ditune.db.records import Constraint, Evidence, Interval, Quality
-from ditune.profiler.statistics import paired_speedup, worst_lower_bound
+from ditune.profiler.statistics import CONFIDENCE, paired_speedup, worst_lower_bound
 from ditune.tuner.evaluate import Case, Evaluator, Outcome
 from ditune.tuner.quality import UNSEEN, bound_by, lower_bound, summarise
 from ditune.tuner.search import now
 
 PAIRS_MIN = 6  # interleaved pairs that a speedup rests on
-_FIRST_LOOK = 4  # prompts after which a candidate is given up if it already misses a floor
+_FIRST_LOOK = 4  # prompts after which a candidate may be given up
+_FUTILE = 0.05  # chance to hold in the end, below which it is
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ class Proof:
         for case in cases:
             outcomes.append(self._measured(policy, case, not self._evaluator.knows(case)))
             values = [outcome.values for outcome in outcomes]
-            reason = missed(constraints, values, final=len(outcomes) == len(cases))
+            reason = missed(constraints, values, len(cases) - len(outcomes))
             if reason:
                 break
         pairs = [outcome for outcome in outcomes if outcome.baseline_ms is not None]
@@ -151,14 +155,15 @@ def confirm(proof: Proof, candidates: Candidates, origin: Origin) -> Confirmatio
 
 
 def missed(
-    constraints: Sequence[Constraint], values: Sequence[Mapping[str, float]], *, final: bool
+    constraints: Sequence[Constraint], values: Sequence[Mapping[str, float]], left: int
 ) -> str:
     """Return which floor a candidate misses, empty if none (or if it is too early to say).
 
     Args:
         constraints: The floors.
         values: Each metric's value, case by case.
-        final: Whether these are all cases: then each floor has to hold with its bound.
+        left: How many cases are still to come. Where none is, each floor has to hold with its
+            bound; before, a candidate is given up that will hardly come to hold one.
     """
     for constraint in constraints:
         scores = [value[constraint.metric] for value in values]
@@ -167,12 +172,25 @@ def missed(
                 return f"{constraint.name} {min(scores):.4g} < {constraint.floor:g}"
             bound = worst_lower_bound(scores, UNSEEN)
         else:
-            bound, mean = lower_bound(constraint, scores), sum(scores) / len(scores)
-            if len(scores) >= _FIRST_LOOK and 2.0 * mean - bound < constraint.floor:
-                return f"{constraint.name} {mean:.4g} < {constraint.floor:g}"
-        if final and bound < constraint.floor:
+            bound = lower_bound(constraint, scores)
+            if left and len(scores) >= _FIRST_LOOK and _chance(constraint, scores, left) < _FUTILE:
+                mean = sum(scores) / len(scores)
+                return f"{constraint.name} {mean:.4g} is too little to prove {constraint.floor:g}"
+        if not left and bound < constraint.floor:
             return f"{constraint.name} is certain only above {bound:.4g}, not {constraint.floor:g}"
     return ""
+
+
+def _chance(constraint: Constraint, scores: Sequence[float], left: int) -> float:
+    """Return how probable it is that a mean's bound holds its floor once all cases are there."""
+    bound, most = lower_bound(constraint, scores), -lower_bound(constraint, [-s for s in scores])
+    middle, half = (bound + most) / 2.0, (most - bound) / 2.0
+    share = len(scores) / (len(scores) + left)
+    final = middle - half * math.sqrt(share)  # the bound, should the mean stay
+    apart = half / float(stats.norm.ppf(CONFIDENCE)) * math.sqrt(1.0 - share)
+    if apart == 0.0:
+        return float(final >= constraint.floor)
+    return float(stats.norm.cdf((final - constraint.floor) / apart))
 
 
 def _speedup(pairs: Sequence[Outcome]) -> Interval:
