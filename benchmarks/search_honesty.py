@@ -22,7 +22,7 @@ from scipy import stats
 
 from ditune.db.policy import Policy
 from ditune.db.records import Trial
-from ditune.tuner.confirm import Origin, Proof, confirm
+from ditune.tuner.confirm import Provenance, Proof, confirm
 from ditune.tuner.contenders import to_prove
 from ditune.tuner.evaluate import cases_of
 from ditune.tuner.pace import candidates
@@ -79,8 +79,8 @@ def simulated(seed: int, cliff: bool, options: Options) -> Found:
     proof = cases_of(PROOF_PROMPTS, options.confirm_prompts, _PROOF_SEED + 1_000 * seed)
     most = options.confirm_candidates
     contenders = to_prove(trials, space, evaluator.constraints, len(proof), most)
-    origin = Origin("study-simulated", "sha256:" + "0" * 64)
-    shipped = confirm(Proof(evaluator, proof), contenders, origin)
+    provenance = Provenance("study-simulated", "sha256:" + "0" * 64)
+    shipped = confirm(Proof(evaluator, proof), contenders, provenance)
     fastest = candidates(trials, 1, space.sigmas)
     naive = fastest[0].policy if fastest else Policy()
     won = shipped.policy

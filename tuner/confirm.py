@@ -39,7 +39,7 @@ class Confirmation:
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """Where candidates and prompts come from."""
 
     study: str
@@ -131,13 +131,13 @@ class Proof:
         return outcome
 
 
-def confirm(proof: Proof, candidates: Candidates, origin: Origin) -> Confirmation:
+def confirm(proof: Proof, candidates: Candidates, provenance: Provenance) -> Confirmation:
     """Look at candidates until none is left to look at; what held and is fastest ships.
 
     Args:
         proof: Measures them.
         candidates: Say what is next.
-        origin: Goes into the evidence.
+        provenance: Goes into the evidence.
     """
     looked: list[Looked] = []
     held: list[tuple[Looked, list[Outcome]]] = []
@@ -150,7 +150,7 @@ def confirm(proof: Proof, candidates: Candidates, origin: Origin) -> Confirmatio
     if not held:
         return Confirmation(None, None, len(looked), reasons)
     best, pairs = max(held, key=lambda pair: _speedup(pair[1]).median)
-    evidence = _evidence(proof.constraints, best, pairs, len(looked), origin)
+    evidence = _evidence(proof.constraints, best, pairs, len(looked), provenance)
     return Confirmation(best.policy, evidence, len(looked), reasons)
 
 
@@ -203,7 +203,7 @@ def _evidence(
     best: Looked,
     pairs: Sequence[Outcome],
     looked_at: int,
-    origin: Origin,
+    provenance: Provenance,
 ) -> Evidence:
     """Return what a policy was proved to give."""
     return Evidence(
@@ -215,8 +215,8 @@ def _evidence(
         quality=dict(best.quality),
         bound_by=bound_by(constraints, best.quality),
         candidates=looked_at,
-        prompts_digest=origin.prompts_digest,
-        study=origin.study,
+        prompts_digest=provenance.prompts_digest,
+        study=provenance.study,
         git_commit=_commit(),
         created_at=now(),
         status="measured",

@@ -18,7 +18,7 @@ from ditune.db.records import PolicyFile, Profile, Quality, Study, Trial
 from ditune.db.store import Store
 from ditune.profiler.impact import impacts
 from ditune.profiler.record import Recorded, record
-from ditune.tuner.confirm import PAIRS_MIN, Confirmation, Origin, Proof, confirm
+from ditune.tuner.confirm import PAIRS_MIN, Confirmation, Provenance, Proof, confirm
 from ditune.tuner.contenders import to_prove
 from ditune.tuner.evaluate import Case, Evaluator, cases_of
 from ditune.tuner.fewer_steps import FewestSteps, fewest_steps
@@ -241,8 +241,10 @@ class Session:
             cases,
             lambda done: self.progress.update("confirm", done, max(total, done), "held out"),
         )
-        origin = Origin(study.name, self._prompts_digest)
-        return confirm(proof, to_prove(trials, space, self.constraints, len(cases), most), origin)
+        provenance = Provenance(study.name, self._prompts_digest)
+        return confirm(
+            proof, to_prove(trials, space, self.constraints, len(cases), most), provenance
+        )
 
     def _save(self, found: Profile, confirmation: Confirmation) -> PolicyFile | None:
         policy, evidence = confirmation.policy, confirmation.evidence

@@ -6,14 +6,14 @@ import pytest
 from ditune.accel.apply import Summary
 from ditune.db.policy import MaskCache, Policy
 from ditune.db.records import Quality, Trial
-from ditune.tuner.confirm import Confirmation, Listed, Origin, Proof, confirm, missed
+from ditune.tuner.confirm import Confirmation, Listed, Provenance, Proof, confirm, missed
 from ditune.tuner.evaluate import Case, Outcome
 from ditune.tuner.quality import parse_constraints
 
 FLOORS = parse_constraints("psnr>=35,psnr_worst>=27")
 CASES = [Case(f"prompt {i}", i) for i in range(12)]
 PROMPTS = "sha256:" + "1" * 64
-ORIGIN = Origin("study-1", PROMPTS)
+ORIGIN = Provenance("study-1", PROMPTS)
 
 
 def trial(number: int) -> Trial:
