@@ -22,7 +22,7 @@ from scipy import stats
 
 from ditune.db.policy import Policy
 from ditune.db.records import Trial
-from ditune.tuner.confirm import Provenance, Proof, confirm
+from ditune.tuner.confirm import Proof, Provenance, confirm
 from ditune.tuner.contenders import to_prove
 from ditune.tuner.evaluate import cases_of
 from ditune.tuner.pace import candidates

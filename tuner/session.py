@@ -18,7 +18,7 @@ from ditune.db.records import PolicyFile, Profile, Quality, Study, Trial
 from ditune.db.store import Store
 from ditune.profiler.impact import impacts
 from ditune.profiler.record import Recorded, record
-from ditune.tuner.confirm import PAIRS_MIN, Confirmation, Provenance, Proof, confirm
+from ditune.tuner.confirm import PAIRS_MIN, Confirmation, Proof, Provenance, confirm
 from ditune.tuner.contenders import to_prove
 from ditune.tuner.evaluate import Case, Evaluator, cases_of
 from ditune.tuner.fewer_steps import FewestSteps, fewest_steps

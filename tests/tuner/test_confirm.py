@@ -6,7 +6,7 @@ import pytest
 from ditune.accel.apply import Summary
 from ditune.db.policy import MaskCache, Policy
 from ditune.db.records import Quality, Trial
-from ditune.tuner.confirm import Confirmation, Listed, Provenance, Proof, confirm, missed
+from ditune.tuner.confirm import Confirmation, Listed, Proof, Provenance, confirm, missed
 from ditune.tuner.evaluate import Case, Outcome
 from ditune.tuner.quality import parse_constraints
 
