@@ -12,8 +12,8 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from sqlalchemy import Engine, Select, and_, delete, func, or_, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from ditune.db.asker import sole_asker
 from ditune.db.engine import READS, faults, shown, sqlite_file
 from ditune.db.errors import UsageFault
 from ditune.db.parsing import parse
@@ -80,6 +81,14 @@ class Jobs:
             if not self.shared:
                 for row in session.scalars(_running().where(JobRow.study == study)):
                     _end_attempt(session, row, "the process that evaluated it ended")
+
+    def sole_asker(self, study: str) -> AbstractContextManager[Callable[[], None]]:
+        """Keep every other process from asking for jobs of a study; see `ditune.db.asker`.
+
+        Raises:
+            UsageFault: Another process does.
+        """
+        return sole_asker(self._engine, study)
 
     def end(self, study: str) -> None:
         """Say that nothing more is asked for: workers that wait may go."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -231,7 +232,8 @@ class Session:
             self.progress.update("search", count, options.trials, f"best {best:.2f}x")
 
         self.progress.update("search", 0, options.trials, "starting")
-        return search.run(Budget(options.trials, options.search_seconds), show)
+        with closing(search):
+            return search.run(Budget(options.trials, options.search_seconds), show)
 
     def _confirm(self, trials: Sequence[Trial], sigmas: Sequence[float]) -> Confirmation:
         most = self.options.confirm_candidates

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 from ditune.db.engine import study_storage_url
 from ditune.db.records import Profile, Settings, Study, Trial
@@ -49,4 +50,5 @@ def searched(
             store.save_study(Study(name=settings.study, settings=settings, created_at=now()))
         search = Search(settings.study, space, evaluator, cases, seed=settings.seed)
         search.open(study_storage_url(url), store)
-        return run(search)
+        with closing(search):
+            return run(search)
