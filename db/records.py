@@ -307,6 +307,7 @@ class Job(Record):
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     pairs: Positive  # how many of the last cases the plain pipeline runs beside
+    limit_s: Annotated[float, Field(gt=0)] | None = None  # what takes longer hangs
     origin: Origin | None = None
 
     @model_validator(mode="after")

@@ -76,6 +76,14 @@ class Evaluator:
         """Take what the plain pipeline returned for a case elsewhere, with numpy output."""
         self._plain.setdefault(case, video_of(output))
 
+    def known(self) -> dict[Case, np.ndarray]:
+        """Return the plain videos that were generated or adopted so far."""
+        return dict(self._plain)
+
+    def know(self, videos: Mapping[Case, np.ndarray]) -> None:
+        """Take plain videos that another evaluator of the same source knows."""
+        self._plain.update(videos)
+
     def knows(self, case: Case) -> bool:
         """Whether the plain video of a case was generated already."""
         return case in self._plain

@@ -63,6 +63,9 @@ class Here:
                 stop=lambda seen: bool(hopeless(job.constraints, [o.values for o in seen])),
             )
         )
+        refused = [o.summary.reason for o in outcomes if o.summary.policy_id is None]
+        if refused:  # it ran without the policy: nothing was measured of it
+            return Found((), unfit=refused[0])
         work_ratio = float(np.median([o.summary.work_ratio for o in outcomes]))
         return _finite([o.values for o in outcomes], search_speedup(outcomes), work_ratio)
 

@@ -103,6 +103,7 @@ class Search:
         store: TrialStore,
         crew: Crew | None = None,
         origin: Origin | None = None,
+        limit_s: float | None = None,
     ) -> None:
         """Create or reopen the study.
 
@@ -111,10 +112,12 @@ class Search:
             store: Ours.
             crew: Evaluates; by default this process does, with the evaluator.
             origin: Where others find the pipeline.
+            limit_s: What an evaluation may take, where it can be ended.
         """
         self.store = store
         self._storage_url = storage_url
         self._origin = origin
+        self._limit_s = limit_s
         self._crew = crew or Alone(Worker(store.jobs, self.name, Here(self.evaluator)))
         self._asking = Asking(self.name, storage_url, self._sampler)
 
@@ -241,6 +244,7 @@ class Search:
             prompts=tuple(case.prompt for case in self.cases),
             seeds=tuple(case.seed for case in self.cases),
             pairs=max(1, len(self.cases) // _CASES_PER_PAIR),
+            limit_s=self._limit_s,
             origin=self._origin,
         )
 
