@@ -101,6 +101,13 @@ class Jobs:
             row = session.get(SearchRow, study)
             return row is None or row.ended_at is not None
 
+    def open_searches(self) -> list[str]:
+        """Return the studies whose searches go on, the newest first."""
+        query = select(SearchRow.study).where(SearchRow.ended_at.is_(None))
+        query = query.join(StudyRow, StudyRow.name == SearchRow.study)
+        with self._reading() as session:
+            return list(session.scalars(query.order_by(StudyRow.created_at.desc())))
+
     def put(self, job: Job) -> None:
         """Ask for an evaluation; asking twice is asking once.
 
