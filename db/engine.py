@@ -67,7 +67,9 @@ def shown(url: URL) -> str:
 def study_storage_url(text: str) -> str:
     """Return the URL of Optuna's own storage, which never shares tables with ours.
 
-    It is `NAME.study.db` beside `NAME.db`, or the schema `ditune_study` on the same server.
+    It is `NAME.study.db` beside `NAME.db`, or the schema `ditune_study` on the same server. There
+    the disk is not waited for: Optuna writes a dozen times for each point, and what a server loses
+    when its machine goes down is told again from our tables.
 
     Raises:
         UsageFault: `text` is not a database URL or path.
@@ -79,7 +81,7 @@ def study_storage_url(text: str) -> str:
     else:
         before = url.query.get("options", "")
         given = before if isinstance(before, str) else " ".join(before)
-        options = f"{given} -csearch_path={STUDY_SCHEMA}".strip()
+        options = f"{given} -csearch_path={STUDY_SCHEMA} -csynchronous_commit=off".strip()
         url = url.update_query_dict({"options": options})
     return url.render_as_string(hide_password=False)
 

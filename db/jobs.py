@@ -140,6 +140,12 @@ class Jobs:
             found = {state: count for state, count in session.execute(query.group_by(JobRow.state))}
         return found.get("waiting", 0), found.get("running", 0)
 
+    def holders(self, study: str) -> list[str]:
+        """Return the workers that hold a lease on a job of a study."""
+        query = select(JobRow.worker).where(JobRow.study == study, JobRow.state == "running")
+        with self._reading() as session:
+            return [worker for worker in session.scalars(query) if worker is not None]
+
     def done(self, uuids: Sequence[str]) -> set[str]:
         """Return which of some jobs have a result."""
         query = select(JobRow.uuid).where(JobRow.uuid.in_(uuids), JobRow.state == "done")

@@ -83,15 +83,30 @@ class Search:
     """One study: its space, its evaluator, its two memories."""
 
     def __init__(
-        self, name: str, space: Space, evaluator: Evaluator, cases: Sequence[Case], seed: int
+        self,
+        name: str,
+        space: Space,
+        evaluator: Evaluator,
+        cases: Sequence[Case],
+        seed: int,
+        sampler: optuna.samplers.BaseSampler | None = None,
     ) -> None:
-        """Prepare a study; `open` connects it to its memories."""
+        """Prepare a study; `open` connects it to its memories.
+
+        Args:
+            name: Of the study.
+            space: What may be searched.
+            evaluator: Of the source, with the floors.
+            cases: The calibration prompts.
+            seed: Of the sampler.
+            sampler: Proposes what no ladder does; by default Gaussian processes.
+        """
         self.name = name
         self.space = space
         self.evaluator = evaluator
         self.cases = list(cases)
         self._ladders = Ladders(space)
-        self._sampler = optuna.samplers.GPSampler(
+        self._sampler = sampler or optuna.samplers.GPSampler(
             seed=seed, deterministic_objective=False, n_startup_trials=_STARTUP_TRIALS
         )
         self._chance = optuna.samplers.RandomSampler(seed=seed)

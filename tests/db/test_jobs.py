@@ -248,3 +248,13 @@ def test_many_hands_do_every_job_once(store: Store, study: Study, trial: Trial) 
         thread.join()
     assert list(range(40)) == sorted(taken)
     assert list(range(40)) == [each.number for each in store.trials(study.name)]
+
+
+def test_who_is_at_work_and_which_searches_go_on_is_known(jobs: Jobs, study: Study) -> None:
+    jobs.put(job(study))
+    assert jobs.holders(study.name) == []
+    lease = claimed(jobs, study)
+    assert [lease.holder.worker] == jobs.holders(study.name)
+    assert [study.name] == jobs.open_searches()
+    jobs.end(study.name)
+    assert jobs.open_searches() == []
