@@ -49,14 +49,18 @@ _CASES = [Case("first", 0), Case("second", 1)]
 class Pauses:
     """A runner whose evaluations take a fixed time; quality falls with what is left out."""
 
-    def __init__(self, device: str, seconds: float) -> None:
-        """Take the name of a device that nobody else has."""
+    def __init__(self, device: str, seconds: float, times: Path | None = None) -> None:
+        """Take the name of a device that nobody else has, and a file for begin and end of each."""
         self.device = device
         self._seconds = seconds
+        self._times = times
 
     def run(self, job: Job) -> Found:
         """Pause, then answer from a formula."""
+        begun = time.monotonic()
         time.sleep(self._seconds)
+        if self._times is not None:
+            note(self._times, f"{begun} {time.monotonic()}")
         cache, reused = job.policy.cache, 0.3
         if isinstance(cache, MaskCache):
             reused = 1.0 - cache.actions.count("full") / len(cache.actions)
@@ -133,13 +137,19 @@ def drive(
             found.run(budget, lambda trial, _: note(log, trial.uuid))
 
 
-def work(url: str, study: str, device: str, seconds: float, lease_s: float, log: Path) -> None:
-    """Do jobs of a study until it ends."""
+def work(
+    url: str,
+    study: str,
+    pauses: Pauses,
+    lease_s: float,
+    log: Path,
+) -> None:
+    """Do jobs of a study until it ends; every result that was taken is noted."""
     with Store.open(url) as store:
         jobs: Any = Acknowledging(store.jobs, log)
         while store.jobs.ended(study):  # the search has not begun
             time.sleep(0.05)
-        Worker(jobs, study, Pauses(device, seconds), lease_s).until_ended()
+        Worker(jobs, study, pauses, lease_s).until_ended()
 
 
 def begin(url: str, seed: int) -> str:

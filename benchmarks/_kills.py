@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from benchmarks._fake_study import begin, drive, work
+from benchmarks._fake_study import Pauses, begin, drive, work
 from optuna.trial import TrialState
 from rich.console import Console
 
@@ -70,7 +70,8 @@ class Place:
 
     def worker(self, number: int, seconds: float = _EVALUATION_S) -> BaseProcess:
         """Start a worker on a device of its own."""
-        return started(work, self.url, self.study, f"d{number}", seconds, LEASE_S, self.log)
+        pauses = Pauses(f"d{number}", seconds)
+        return started(work, self.url, self.study, pauses, LEASE_S, self.log)
 
     def tally(self, kills: int, planned: int = PLANNED) -> Tally:
         """Compare both memories with what was acknowledged."""

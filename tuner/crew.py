@@ -59,9 +59,14 @@ class Team:
 
     def wanted(self, waiting: int, running: int) -> int:
         """Return how many jobs the reserve lacks."""
-        return max(0, _RESERVE + running // _PER_RUNNING - waiting)
+        return reserve_lacks(waiting, running)
 
     def work(self) -> None:
         """Take jobs back from workers that are gone, and wait a moment."""
         self._jobs.reap(self._study)
         self._wait(POLL_S / 4)
+
+
+def reserve_lacks(waiting: int, running: int) -> int:
+    """Return how many more jobs should wait beside those that run."""
+    return max(0, _RESERVE + running // _PER_RUNNING - waiting)
