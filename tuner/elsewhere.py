@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
+import torch
+
 from ditune.db.errors import UsageFault
 from ditune.db.jobs import Jobs
 from ditune.db.records import Hardware, Origin, Profile, Settings, Software
 from ditune.tuner.child import Child, Limits
 from ditune.tuner.crew import Alone, Crew, Team
 from ditune.tuner.evaluate import Evaluator
+from ditune.tuner.source import Source, move
 from ditune.tuner.worker import POLL_S, Worker
 
 _HOST_SHARE = 0.9  # of the machine's memory: the system kills at random before all is taken
@@ -26,6 +29,7 @@ class Elsewhere:
     """Where a search's policies are evaluated, if not in its own process."""
 
     origin: Origin
+    device: str | None = None  # of a child, as torch names it; None: where loading puts it
     workers: bool = False  # other processes that share the database; else one child of this one
     limits: Limits = field(default_factory=lambda: Limits(host_bytes=host_limit_bytes()))
 
@@ -67,9 +71,32 @@ def crew_of(elsewhere: Elsewhere, jobs: Jobs, study: str, evaluator: Evaluator) 
         require_shared(jobs)
         yield Team(jobs, study)
         return
-    child = Child(elsewhere.origin, limits=elsewhere.limits, plain=evaluator.known())
-    with closing(child):
+    with (
+        _parked(evaluator.source, evaluator.device),
+        closing(
+            Child(
+                elsewhere.origin,
+                device=elsewhere.device,
+                limits=elsewhere.limits,
+                plain=evaluator.known(),
+            )
+        ) as child,
+    ):
         yield Alone(Worker(jobs, study, child))
+
+
+@contextmanager
+def _parked(source: Source, device: torch.device) -> Iterator[None]:
+    """Keep this process's pipeline off its GPU, where the child's needs the room."""
+    if device.type == "cpu":
+        yield
+        return
+    move(source, "cpu")
+    torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        move(source, str(device))
 
 
 def first_origin(

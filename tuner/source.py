@@ -138,10 +138,23 @@ def load_origin(origin: Origin, device: str | None = None) -> Source:
     else:
         raise UsageFault("a pipeline without a name cannot be loaded: its process has to stay")
     if device is not None:
+        move(source, device)
+    return source
+
+
+def move(source: Source, device: str) -> None:
+    """Move a source's pipeline and its small model to a device, as torch names it.
+
+    Raises:
+        UsageFault: There is no such device, or it has too little memory.
+    """
+    try:
         for part in (source.pipe, source.small):
             if part is not None:
                 part.to(device)
-    return source
+    except (RuntimeError, AssertionError) as fault:  # torch says either
+        first = str(fault).strip().partition("\n")[0]
+        raise UsageFault(f"{source.name} cannot be moved to {device}: {first}") from fault
 
 
 def require_loadable(model: str, prompts: int) -> None:

@@ -157,6 +157,11 @@ def test_a_pipeline_that_is_not_there_is_refused(tmp_path: Path) -> None:
         Child(Origin())
 
 
+def test_a_device_that_is_not_there_is_refused(origin: Origin) -> None:
+    with pytest.raises(UsageFault, match="cannot be moved to cuda:99"):
+        load_origin(origin, "cuda:99")
+
+
 PARENT = """
 import sys
 from ditune.db.records import Origin

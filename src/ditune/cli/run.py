@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ditune.tuner.session import Options, Result
     from ditune.tuner.source import Source
 
-_RESUMED = ("model", "small_model", "prompts", "quality", "out", "junit", "db")
+_RESUMED = ("model", "small_model", "prompts", "quality", "device", "out", "junit", "db")
 _RESUMED_INTEGERS = ("trials", "seed", "steps", "height", "width", "frames")
 _RESUMED_NUMBERS = ("guidance", "time_limit", "memory_limit")
 _RESUMED_SWITCHES = ("miniature", "in_process", "workers")
@@ -51,6 +51,7 @@ def run(
     width: sources.Width = None,
     frames: sources.Frames = None,
     guidance: sources.Guidance = None,
+    device: sources.Device = None,
     db: sources.Database = None,
     out: Annotated[
         Path, typer.Option("--out", help="Folder for the policy file and the report.")
@@ -93,6 +94,7 @@ def run(
         "width": width,
         "frames": frames,
         "guidance": guidance,
+        "device": device,
         "db": db,
         "out": str(out),
         "junit": str(junit) if junit else None,
@@ -180,15 +182,24 @@ def _elsewhere(asked: Mapping[str, Any]) -> Elsewhere | None:
     if asked["in_process"]:
         return None
     origin = sources.origin_of(asked["model"], asked["small_model"], _call(asked))
-    return Elsewhere(origin, asked["workers"], sources.limits_of(asked["memory_limit"]))
+    limits = sources.limits_of(asked["memory_limit"])
+    return Elsewhere(origin, asked["device"], asked["workers"], limits)
 
 
 def _source(asked: Mapping[str, Any]) -> Callable[[], Source]:
-    call = _call(asked)
     prompts = Path(asked["prompts"]) if asked["prompts"] else None
-    return sources.source_loader(
-        asked["model"], asked["miniature"], asked["small_model"], prompts, call
+    load = sources.source_loader(
+        asked["model"], asked["miniature"], asked["small_model"], prompts, _call(asked)
     )
+    return lambda: _moved(load(), asked["device"])
+
+
+def _moved(source: Source, device: str | None) -> Source:
+    from ditune.tuner.source import move
+
+    if device is not None:
+        move(source, device)
+    return source
 
 
 def _options(asked: dict[str, Any]) -> Options:

@@ -42,6 +42,10 @@ Height = Annotated[int | None, typer.Option("--height", min=1, help="Pixels.")]
 Width = Annotated[int | None, typer.Option("--width", min=1, help="Pixels.")]
 Frames = Annotated[int | None, typer.Option("--frames", min=1, help="Video frames.")]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance scale.")]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help='Where to run, such as "cuda:1" (default: where it loads).'),
+]
 MemoryLimit = Annotated[
     float | None,
     typer.Option(

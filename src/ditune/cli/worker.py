@@ -32,9 +32,7 @@ def worker(
         str | None, typer.Argument(help="The study (default: the newest whose search goes on).")
     ] = None,
     db: sources.Database = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help='Where to evaluate, such as "cuda:1".')
-    ] = None,
+    device: sources.Device = None,
     memory_limit: sources.MemoryLimit = None,
     lease: Annotated[
         float,
