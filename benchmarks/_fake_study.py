@@ -147,13 +147,11 @@ def work(
     """Do jobs of a study until it ends; every result that was taken is noted."""
     with Store.open(url) as store:
         jobs: Any = Acknowledging(store.jobs, log)
-        while store.jobs.ended(study):  # the search has not begun
-            time.sleep(0.05)
         Worker(jobs, study, pauses, lease_s).until_ended()
 
 
 def begin(url: str, seed: int) -> str:
-    """Save a new study and return its name."""
+    """Save a new study, for which workers may come at once, and return its name."""
     found = profile()
     settings = Settings(
         hardware=_HARDWARE,
@@ -167,6 +165,7 @@ def begin(url: str, seed: int) -> str:
     with Store.open(url) as store:
         study = Study(name=settings.study, settings=settings, created_at="2026-01-01T00:00:00Z")
         store.save_study(study)
+        store.jobs.begin(study.name)
     return settings.study
 
 

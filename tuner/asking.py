@@ -6,6 +6,7 @@ starts anew can tell what is still to come, what came and was not told, and what
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -45,34 +46,37 @@ class Asking:
                 direction="minimize",
                 load_if_exists=True,
             )
+            waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+            # whether nothing was ever asked
+            self.is_new = not self.study.get_trials(deepcopy=False)
+        # nobody else asks: what was enqueued and not asked for yet need not be read each time
+        self._waiting = deque(str(trial.user_attrs["source"]) for trial in waiting)
+        self._taken_up: set[int] = set()  # points that an earlier process asked for
 
     def close(self) -> None:
         """Let go of the storage's connections."""
         self._storage.remove_session()
         self._storage.engine.dispose()
 
-    def is_new(self) -> bool:
-        """Whether nothing was ever asked."""
-        with self._faults():
-            return not self.study.get_trials(deepcopy=False)
-
     def enqueue(self, parameters: Mapping[str, Any], source: str) -> None:
-        """Let a point be the next one."""
+        """Let a point be the next one, or the next after those that wait already."""
         with self._faults():
             self.study.enqueue_trial(dict(parameters), user_attrs={"source": source})
+        self._waiting.append(source)
+        self.is_new = False
 
     def has_waiting(self) -> bool:
         """Whether a point was enqueued and not asked for yet."""
-        with self._faults():
-            return bool(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+        return bool(self._waiting)
 
     def ask(
         self, distributions: dict[str, BaseDistribution], sampler: optuna.samplers.BaseSampler
-    ) -> optuna.Trial:
-        """Return the next point: one that was enqueued, or one that the sampler proposes."""
+    ) -> tuple[optuna.Trial, str]:
+        """Return the next point and where it comes from: the sampler, or who enqueued it."""
         with self._faults():
             self.study.sampler = sampler
-            return self.study.ask(distributions)
+            asked = self.study.ask(distributions)
+        return asked, self._waiting.popleft() if self._waiting else "search"
 
     def mark(self, asked: optuna.Trial, uuid: str) -> None:
         """Note which trial of ours will answer."""
@@ -87,6 +91,7 @@ class Asking:
         with self._faults():
             found = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
             asked = [optuna.Trial(self.study, trial._trial_id) for trial in found]
+        self._taken_up |= {each.number for each in asked}
         for each in asked:
             yield each.user_attrs.get(_UUID), each
 
@@ -97,7 +102,7 @@ class Asking:
         from the same trial.
         """
         with self._faults():
-            known = asked.constraints
+            known = asked.constraints if asked.number in self._taken_up else {}
             for name, violation in trial.violation.items():
                 if name not in known:
                     asked.set_constraint(name, violation)

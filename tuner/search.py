@@ -8,6 +8,7 @@ for faults of the machine.
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -111,6 +112,7 @@ class Search:
         )
         self._chance = optuna.samplers.RandomSampler(seed=seed)
         self._pending: dict[str, _Pending] = {}
+        self._numbers = itertools.count()
 
     def open(
         self,
@@ -202,6 +204,7 @@ class Search:
         jobs = self.store.jobs
         jobs.begin(self.name)
         self._pending = {}
+        self._numbers = itertools.count(jobs.next_number(self.name))
         unfinished = jobs.unfinished(self.name)
         done = self.store.trials(self.name)
         known = {trial.uuid: trial for trial in done}
@@ -214,7 +217,7 @@ class Search:
                 self._asking.give_up(asked)
         for key in unfinished.keys() - self._pending.keys():  # Optuna's storage was lost
             self._pending[key] = _Pending(unfinished[key], [])
-        if self._asking.is_new():
+        if self._asking.is_new:
             self._enqueue(self.space.baseline())
         return done
 
@@ -232,7 +235,7 @@ class Search:
         """
         self._propose(done)
         sampler = self._chance if by_chance else self._sampler
-        asked = self._asking.ask(self.space.distributions, sampler)
+        asked, source = self._asking.ask(self.space.distributions, sampler)
         policy = self.space.policy(asked.params)
         known = next((t for t in done if t.policy.id == policy.id), None)
         if known is not None:
@@ -242,7 +245,7 @@ class Search:
         if twin is not None:
             twin.asked.append(asked)
             return True
-        job = self._job(policy, asked.user_attrs.get("source", "search"))
+        job = self._job(policy, source)
         self._asking.mark(asked, job.uuid)
         self.store.jobs.put(job)
         self._pending[job.uuid] = _Pending(job, [asked])
@@ -252,7 +255,7 @@ class Search:
         return Job(
             uuid=uuid.uuid4().hex,
             study=self.name,
-            number=self.store.jobs.next_number(self.name),
+            number=next(self._numbers),
             source=source,  # type: ignore[arg-type]  # the model checks it
             policy=policy,
             constraints=self.evaluator.constraints,
