@@ -315,7 +315,8 @@ def test_a_late_result_counts_for_nothing(store: Store, url: str, searching: Sea
         """Another worker does the same job while this one is paused."""
 
         def run(self, job: Job) -> Found:
-            other.step()
+            while not other.step():  # the row is locked while the late one tries to renew it
+                continue
             return super().run(job)
 
         def stop(self) -> None:
