@@ -44,6 +44,12 @@ def limit_s(profile: Profile, cases: int) -> float:
     return _SPARE_S + _SLOWER * cases * profile.total_ms / 1000.0
 
 
+def first_note(elsewhere: Elsewhere | None, study: str) -> str:
+    """Return what to show before the first result."""
+    with_workers = elsewhere is not None and elsewhere.workers
+    return f"tune worker {study} can help now" if with_workers else "starting"
+
+
 def require_shared(jobs: Jobs) -> None:
     """Refuse workers on a database that serves one machine only.
 

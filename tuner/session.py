@@ -21,7 +21,7 @@ from ditune.profiler.impact import impacts
 from ditune.profiler.record import Recorded, record
 from ditune.tuner.confirm import Confirmation, confirm
 from ditune.tuner.crew import Crew
-from ditune.tuner.elsewhere import Elsewhere, crew_of, limit_s, require_shared
+from ditune.tuner.elsewhere import Elsewhere, crew_of, first_note, limit_s, require_shared
 from ditune.tuner.evaluate import Case, Evaluator, cases_of
 from ditune.tuner.fewer_steps import FewestSteps, fewest_steps
 from ditune.tuner.pace import candidates
@@ -250,7 +250,7 @@ class Session:
                 best = max(best, trial.speedup)
             self.progress.update("search", count, options.trials, f"best {best:.2f}x")
 
-        self.progress.update("search", 0, options.trials, "starting")
+        self.progress.update("search", 0, options.trials, first_note(self.elsewhere, study.name))
         budget = Budget(options.trials, options.search_seconds)
         with self._crew(study.name) as crew:
             origin = self.elsewhere.origin if self.elsewhere is not None else None

@@ -7,21 +7,26 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from tests.tuner.test_resume import study
 
 from ditune import miniature
 from ditune.db.errors import EvaluationFault, UsageFault
 from ditune.db.policy import Handoff, MaskCache, Policy
-from ditune.db.records import Job, Origin
+from ditune.db.records import Job, Origin, Trial
+from ditune.db.store import Store
 from ditune.tuner.child import Child, Limits, own_bytes
+from ditune.tuner.devices import device_name
 from ditune.tuner.evaluate import Evaluator
 from ditune.tuner.here import Here
 from ditune.tuner.quality import parse_constraints
 from ditune.tuner.source import load_origin
-from ditune.tuner.worker import Runner
+from ditune.tuner.verdict import trial_of
+from ditune.tuner.worker import Worker
 
 STEPS = 12
 FLOORS = parse_constraints("psnr>=20,psnr_worst>=12")
@@ -50,12 +55,35 @@ def child(origin: Origin) -> Iterator[Child]:
     found.close()
 
 
-@pytest.fixture(params=["here", "child"])
-def runner(request: pytest.FixtureRequest, origin: Origin) -> Runner:
+Evaluate = Callable[[Job], Trial]
+
+
+@pytest.fixture(params=["here", "child", "worker"])
+def evaluate(request: pytest.FixtureRequest, origin: Origin, tmp_path: Path) -> Iterator[Evaluate]:
+    """Return what makes a trial of a job: in this process, in a child, or by way of the queue."""
+    if request.param == "child":
+        child: Child = request.getfixturevalue("child")
+        yield lambda job: trial_of(job, child.run(job), 1.0)
+        return
+    source = load_origin(origin)
+
+    def here(job: Job) -> Here:
+        return Here(Evaluator(source, job.constraints))
+
     if request.param == "here":
-        return Here(Evaluator(load_origin(origin), FLOORS))
-    found: Child = request.getfixturevalue("child")
-    return found
+        yield lambda job: trial_of(job, here(job).run(job), 1.0)
+        return
+    with Store.open(str(tmp_path / "ditune.db")) as store:
+        store.save_study(study())
+
+        def queued(job: Job) -> Trial:
+            store.jobs.put(job)
+            assert Worker(store.jobs, job.study, here(job)).step()
+            found = store.trial(job.uuid)
+            assert found is not None
+            return found
+
+        yield queued
 
 
 def job(policy: Policy, floors: str = "psnr>=20,psnr_worst>=12", limit_s: float = 600.0) -> Job:
@@ -77,36 +105,39 @@ def job(policy: Policy, floors: str = "psnr>=20,psnr_worst>=12", limit_s: float 
 # --- the contract ----------------------------------------------------------------------------
 
 
-def test_a_policy_gives_values_for_each_prompt_and_its_speed(runner: Runner) -> None:
-    found = runner.run(job(EVERY_OTHER))
-    assert not found.unfit
-    assert [{"psnr"}] * 2 == [set(values) for values in found.values]
-    assert all(15.0 < values["psnr"] < 99.0 for values in found.values)
-    assert found.speedup > 0.0
-    assert found.work_ratio == pytest.approx(2.0, rel=0.1)
+def test_a_policy_gives_its_quality_and_speed(evaluate: Evaluate) -> None:
+    asked = job(EVERY_OTHER)
+    trial = evaluate(asked)
+    assert (asked.uuid, asked.number, "complete") == (trial.uuid, trial.number, trial.state)
+    assert {"psnr", "psnr_worst"} == set(trial.quality) == set(trial.violation)
+    assert 15.0 < trial.quality["psnr"].worst <= trial.quality["psnr"].mean < 99.0
+    assert trial.quality["psnr"].n == 2
+    assert trial.speedup is not None and trial.speedup > 0.0
+    assert trial.work_ratio == pytest.approx(2.0, rel=0.1)
 
 
-def test_the_plain_pipeline_is_known_without_running_it_against_itself(runner: Runner) -> None:
-    found = runner.run(job(Policy()))
-    assert found.values == ({"psnr": 100.0},) * 2
-    assert (found.speedup, found.work_ratio) == (1.0, 1.0)
+def test_the_plain_pipeline_is_known_without_running_it_against_itself(evaluate: Evaluate) -> None:
+    trial = evaluate(job(Policy()))
+    assert trial.quality["psnr"].worst == 100.0
+    assert (trial.speedup, trial.work_ratio, trial.feasible) == (1.0, 1.0, True)
 
 
-def test_what_is_hopeless_is_given_up(runner: Runner) -> None:
-    if isinstance(runner, Here):
-        runner = Here(Evaluator(runner._evaluator.source, parse_constraints("psnr_worst>=60")))
-    assert len(runner.run(job(ALMOST_NOTHING, "psnr_worst>=60")).values) == 1
+def test_what_is_hopeless_is_given_up(evaluate: Evaluate) -> None:
+    trial = evaluate(job(ALMOST_NOTHING, "psnr_worst>=60"))
+    assert (trial.state, trial.quality["psnr_worst"].n) == ("rejected", 1)
+    assert "below 60" in str(trial.reason)
 
 
-def test_what_the_pipeline_cannot_run_is_unfit_and_disturbs_nothing(runner: Runner) -> None:
-    found = runner.run(job(Policy(handoff=Handoff(sigma=0.5))))
-    assert "hands over to a small model and none was given" in found.unfit
-    assert not found.values
-    assert runner.run(job(Policy())).values
+def test_what_the_pipeline_cannot_run_misses_every_floor(evaluate: Evaluate) -> None:
+    trial = evaluate(job(Policy(handoff=Handoff(sigma=0.5))))
+    assert "hands over to a small model and none was given" in str(trial.reason)
+    assert (trial.state, trial.speedup) == ("rejected", 1.0)
+    assert trial.violation == {"psnr": 1.0, "psnr_worst": 1.0}
 
 
-def test_devices_have_the_same_name_for_all(runner: Runner, child: Child) -> None:
-    assert child.device == runner.device
+def test_devices_have_the_same_name_for_all(origin: Origin, child: Child) -> None:
+    here = Here(Evaluator(load_origin(origin), FLOORS))
+    assert here.device == child.device == device_name(torch.device("cpu"))
 
 
 # --- only a child ----------------------------------------------------------------------------
