@@ -31,7 +31,7 @@ from ditune.db.records import (
     Workload,
 )
 from ditune.db.store import Store
-from ditune.tuner.crew import Alone, Team
+from ditune.tuner.crew import Alone, Crew, Team
 from ditune.tuner.evaluate import Case
 from ditune.tuner.quality import parse_constraints
 from ditune.tuner.search import Budget, Search
@@ -128,10 +128,10 @@ def drive(
     """
     with Store.open(url) as store:
         found = Search(study, space(), Floors(), _CASES, seed=0, sampler=sampler())  # type: ignore[arg-type]
-        jobs = store.jobs
-        crew = Team(jobs, study)
+        noting: Any = Acknowledging(store.jobs, log)
+        crew: Crew = Team(store.jobs, study)
         if alone_s is not None:
-            crew = Alone(Worker(jobs, study, Pauses(study, alone_s)))  # type: ignore[assignment]
+            crew = Alone(Worker(noting, study, Pauses(study, alone_s)))
         found.open(study_storage_url(url), store, crew)
         with closing(found):
             found.run(budget, lambda trial, _: note(log, trial.uuid))

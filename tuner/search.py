@@ -169,9 +169,10 @@ class Search:
                     jobs.end(self.name)
                     return done
             except StoreLost:
-                patiently(lambda: jobs.counts(self.name))
                 self._asking.close()
-                self._asking = Asking(self.name, self._storage_url, self._sampler)
+                self._asking = patiently(
+                    lambda: Asking(self.name, self._storage_url, self._sampler)
+                )
 
     def _go_on(
         self,

@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 from ditune.db.errors import EvaluationFault, StoreFault, StoreLost
-from ditune.db.jobs import LEASE_S, Holder, Jobs, Lease
+from ditune.db.jobs import ATTEMPTS_MOST, LEASE_S, Holder, Jobs, Lease
 from ditune.db.records import Job
 from ditune.tuner.verdict import Found, trial_of
 
 POLL_S = 0.2
 PATIENCE_S = 600.0  # how long a database may be away
 _RENEWALS = 4  # per lease
+# in a row: one policy may fail in every attempt, another one after it hardly for the same reason
+_FAULTS_MOST = 2 * ATTEMPTS_MOST
 T = TypeVar("T")
 
 
@@ -58,12 +60,17 @@ class Worker:
         self._runner = runner
         self._lease_s = lease_s
         self._holder = Holder(runner.device)
+        self._faults = 0
 
     def step(self) -> bool:
         """Do the next job; return whether there was one.
 
         A result that comes after the lease was lost is discarded: another worker has the job, and a
         process that was paused has measured nothing. A database that is away is waited for.
+
+        Raises:
+            EvaluationFault: So many attempts in a row failed here that it lies with this machine:
+                it would only use up the attempts of every policy.
         """
         lease = patiently(lambda: self._jobs.claim(self._study, self._holder, self._lease_s))
         if lease is None:
@@ -73,13 +80,13 @@ class Worker:
             with self._renewed(lease):
                 found = self._runner.run(lease.job)
         except EvaluationFault as fault:
-            why = str(fault)
-            patiently(lambda: self._jobs.fail(lease, why))
+            self._failed(lease, str(fault))
             return True
         except BaseException:
             with contextlib.suppress(StoreFault):  # else the lease runs out
                 self._jobs.give_back(lease)
             raise
+        self._faults = 0
         trial = trial_of(lease.job, found, time.monotonic() - started)
         patiently(lambda: self._jobs.commit(lease, trial))
         return True
@@ -94,6 +101,15 @@ class Worker:
                 return begun
             else:
                 wait(POLL_S)
+
+    def _failed(self, lease: Lease, why: str) -> None:
+        patiently(lambda: self._jobs.fail(lease, why))
+        self._faults += 1
+        if self._faults == _FAULTS_MOST:
+            raise EvaluationFault(
+                f"{self._faults} evaluations in a row failed on {self._runner.device}, the last "
+                f"because {why}: see what tune doctor says, then go on with the study"
+            )
 
     @contextmanager
     def _renewed(self, lease: Lease) -> Iterator[None]:

@@ -203,6 +203,21 @@ def test_a_policy_that_kills_the_process_is_tried_a_few_times_only(
     assert fatal.ran == [trials[0].uuid]
 
 
+def test_a_machine_that_fails_everything_ends_the_search(
+    store: Store, url: str, searching: Searching
+) -> None:
+    class Broken(Formula):
+        def run(self, job: Job) -> Found:
+            raise EvaluationFault("the device failed")
+
+    with pytest.raises(EvaluationFault, match="6 evaluations in a row failed on here/test"):
+        searching(store, url, Broken()).run(Budget(9), quiet)
+    assert len(store.trials(STUDY)) == 2  # both failed, in all of their attempts
+    search = searching(store, url, Formula())
+    assert len(search.run(Budget(3), quiet)) == 3
+    assert not left_running(search)
+
+
 def test_a_policy_that_cannot_run_misses_every_floor_by_a_finite_amount(
     store: Store, url: str, searching: Searching
 ) -> None:
