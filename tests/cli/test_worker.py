@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tuner.test_resume import study
+from tests.tuner.test_search import STUDY
 
 from ditune import miniature
 from ditune.cli.main import main
 from ditune.db.errors import UsageFault
 from ditune.db.store import Store
+from ditune.tuner.cluster import submit
 from ditune.tuner.elsewhere import require_same_machine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +54,27 @@ def test_a_study_that_is_not_there_is_refused(tune: Any, server_database: str) -
     assert "holds no study study-0" in err
 
 
+def test_settings_of_a_cluster_are_pairs(tune: Any, server_database: str) -> None:
+    given = ("worker", "--submit", "2", "--slurm", "partition", "--db", server_database)
+    code, _, err = tune(*given)
+    assert code == 2
+    assert "NAME=VALUE" in err
+
+
+def test_a_worker_runs_as_a_job_of_a_cluster(server_database: str, tmp_path: Path) -> None:
+    pytest.importorskip("submitit", reason="needs the extra ditune[slurm]")
+    with Store.open(server_database) as store:
+        store.save_study(study())
+    command = [sys.executable, "-m", "ditune.cli.main", "worker", STUDY, "--db", server_database]
+    jobs = submit(command, 2, tmp_path, {}, cluster="local")
+    assert [f"{STUDY} has ended; this worker did 0 of its jobs"] * 2 == [
+        job.result() for job in jobs
+    ]
+    if shutil.which("srun") is None:
+        with pytest.raises(UsageFault, match="slurm does not take the workers"):
+            submit(command, 1, tmp_path, {})
+
+
 @pytest.mark.slow
 def test_a_search_is_shared_and_its_workers_leave(
     tune: Any, server_database: str, tmp_path: Path
@@ -78,8 +103,8 @@ def test_a_search_is_shared_and_its_workers_leave(
     assert (done["schema"], done["jobs"]) == ("ditune/worker-1", 5)
     assert tune("worker", done["study"], "--db", server_database, "--json")[0] == 0  # it has ended
     with Store.open(server_database) as store:
-        study = store.study(done["study"])
-        assert study is not None
-        other = study.settings.hardware.model_copy(update={"cores": 64})
+        found = store.study(done["study"])
+        assert found is not None
+        other = found.settings.hardware.model_copy(update={"cores": 64})
         with pytest.raises(UsageFault, match=r"cores \d+ \(here 64\)"):
-            require_same_machine(study.settings, other, study.settings.software)
+            require_same_machine(found.settings, other, found.settings.software)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from ditune.db.store import Store
     from ditune.tuner.child import Limits
 
+_LOGS = Path("ditune-workers")  # must be on a file system that the cluster shares
 _LOOK_S = 5.0  # how often a worker without a study looks for one
 
 
@@ -43,6 +47,13 @@ def worker(
             help="After how long without a sign of life another worker gets the job.",
         ),
     ] = 60.0,
+    submit: Annotated[
+        int, typer.Option("--submit", min=0, help="Submit so many workers to SLURM instead.")
+    ] = 0,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option("--slurm", metavar="NAME=VALUE", help="Of each job, such as partition=gpu."),
+    ] = None,
     json_output: sources.Json = False,
 ) -> None:
     """Evaluate policies for a search that was started with tune run --workers, until it ends.
@@ -58,6 +69,10 @@ def worker(
 
     with Store.open(sources.database_url(db)) as store:
         require_shared(store.jobs)
+        if submit:
+            given = {"--device": device, "--memory-limit": memory_limit, "--lease": lease}
+            _submit(study, sources.database_url(db), given, (submit, slurm or []), json_output)
+            return
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
         try:
             name = _chosen(store, study)
@@ -68,6 +83,36 @@ def worker(
         sources.print_json({"schema": "ditune/worker-1", "study": name, "jobs": begun})
     else:
         Console().print(f"{escape(name)} has ended; this worker did {begun} of its jobs")
+
+
+def _submit(
+    study: str | None,
+    url: str,
+    given: Mapping[str, object],
+    wanted: tuple[int, Sequence[str]],
+    json_output: bool,
+) -> None:
+    """Submit this command as jobs of SLURM; their logs lie in a folder beside the caller."""
+    from ditune.tuner.cluster import submit
+
+    command = [sys.executable, "-m", "ditune.cli.main", "worker", "--db", url]
+    command += [study] if study is not None else []
+    for name, value in given.items():
+        command += [name, str(value)] if value is not None else []
+    count, settings = wanted
+    if wrong := [each for each in settings if "=" not in each]:
+        raise UsageFault(f"--slurm takes NAME=VALUE, such as partition=gpu, and got {wrong[0]!r}")
+    pairs = dict(each.split("=", 1) for each in settings)
+    jobs = [job.job_id for job in submit(command, count, _LOGS, _numbers(pairs))]
+    if json_output:
+        sources.print_json({"schema": "ditune/submitted-1", "jobs": jobs, "logs": str(_LOGS)})
+    else:
+        Console().print(f"submitted {', '.join(jobs)}; logs in {_LOGS}")
+
+
+def _numbers(settings: Mapping[str, str]) -> dict[str, str | int]:
+    """Return settings with those that are whole numbers as such: SLURM's time is one."""
+    return {name: int(text) if text.isdigit() else text for name, text in settings.items()}
 
 
 def _chosen(store: Store, study: str | None) -> str:
