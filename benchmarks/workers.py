@@ -26,7 +26,6 @@ from benchmarks._fake_study import Pauses, begin, drive, space, work
 from benchmarks._kills import finish, started
 from benchmarks._server import Server
 from benchmarks.resumed import require_same
-from optuna.trial import TrialState, create_trial
 
 from ditune.db.engine import study_storage_url
 from ditune.db.jobs import LEASE_S
@@ -131,29 +130,20 @@ def _asked(url: str, count: int) -> list[float]:
     Store.open(url).close()
     distributions = space().distributions
     sampler = optuna.samplers.GPSampler(seed=0, deterministic_objective=False)
-    chance = optuna.samplers.RandomSampler(seed=0)
     with closing(Asking("asked", study_storage_url(url), sampler)) as asking:
-        blank = create_trial(state=TrialState.RUNNING)
-        for _ in range(count):
-            point = {
-                name: chance.sample_independent(asking.study, blank, name, distribution)
-                for name, distribution in distributions.items()
-            }
-            share = float(point["compute_frac"])
-            asking.study.add_trial(
-                create_trial(
-                    params=point,
-                    distributions=distributions,
-                    value=0.2 + share + random.Random(share).gauss(0.0, 0.02),
-                    constraints={"psnr": 0.4 - share, "psnr_worst": 0.3 - share},
-                )
-            )
-        for _ in range(_PENDING):
-            asking.ask(distributions, chance)
+        for number in range(count + _PENDING):
+            point = asking.by_chance(distributions)
+            asked = asking.place(point, distributions, "search", str(number))
+            if number < count:
+                share = float(point["compute_frac"])
+                asked.set_constraint("psnr", 0.4 - share)
+                asked.set_constraint("psnr_worst", 0.3 - share)
+                noise = random.Random(share).gauss(0.0, 0.02)
+                asking.study.tell(asked, 0.2 + share + noise)
         seconds = []
         for _ in range(_ASKS):
             begun = time.monotonic()
-            asking.give_up(asking.ask(distributions, sampler)[0])
+            asking.give_up(asking.ask(distributions)[0])
             seconds.append(time.monotonic() - begun)
     return seconds
 

@@ -6,7 +6,6 @@ starts anew can tell what is still to come, what came and was not told, and what
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -24,14 +23,18 @@ _UUID = "uuid"
 class Asking:
     """One Optuna study; a single process may ask it at a time."""
 
-    def __init__(self, name: str, storage_url: str, sampler: optuna.samplers.BaseSampler) -> None:
+    def __init__(
+        self, name: str, storage_url: str, sampler: optuna.samplers.BaseSampler, seed: int = 0
+    ) -> None:
         """Create or load a study.
 
         Args:
             name: Of the study.
             storage_url: See `ditune.db.engine.study_storage_url`.
             sampler: Proposes points.
+            seed: Of random points.
         """
+        self._chance = optuna.samplers.RandomSampler(seed=seed)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         url = parse_url(storage_url)
         self._where = shown(url)
@@ -46,11 +49,7 @@ class Asking:
                 direction="minimize",
                 load_if_exists=True,
             )
-            waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-            # whether nothing was ever asked
-            self.is_new = not self.study.get_trials(deepcopy=False)
-        # nobody else asks: what was enqueued and not asked for yet need not be read each time
-        self._waiting = deque(str(trial.user_attrs["source"]) for trial in waiting)
+            self._id = self._storage.get_study_id_from_name(name)
         self._taken_up: set[int] = set()  # points that an earlier process asked for
 
     def close(self) -> None:
@@ -58,28 +57,47 @@ class Asking:
         self._storage.remove_session()
         self._storage.engine.dispose()
 
-    def enqueue(self, parameters: Mapping[str, Any], source: str) -> None:
-        """Let a point be the next one, or the next after those that wait already."""
-        with self._faults():
-            self.study.enqueue_trial(dict(parameters), user_attrs={"source": source})
-        self._waiting.append(source)
-        self.is_new = False
+    def place(
+        self,
+        parameters: Mapping[str, Any],
+        distributions: Mapping[str, BaseDistribution],
+        source: str,
+        uuid: str,
+    ) -> optuna.Trial:
+        """Ask for a point of our own choice, in a single write with all that is known of it.
 
-    def has_waiting(self) -> bool:
-        """Whether a point was enqueued and not asked for yet."""
-        return bool(self._waiting)
-
-    def ask(
-        self, distributions: dict[str, BaseDistribution], sampler: optuna.samplers.BaseSampler
-    ) -> tuple[optuna.Trial, str]:
-        """Return the next point and where it comes from: the sampler, or who enqueued it."""
+        Args:
+            parameters: The point.
+            distributions: The space that it lies in.
+            source: Who proposed it.
+            uuid: Of the trial of ours that will answer.
+        """
+        point = optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params=dict(parameters),
+            distributions=dict(distributions),
+            user_attrs={"source": source, _UUID: uuid},
+        )
         with self._faults():
-            self.study.sampler = sampler
+            number = self._storage.create_new_trial(self._id, template_trial=point)
+            return optuna.Trial(self.study, number)
+
+    def by_chance(self, distributions: Mapping[str, BaseDistribution]) -> dict[str, Any]:
+        """Return a random point, of which Optuna need not know."""
+        blank = optuna.trial.create_trial(state=TrialState.RUNNING)
+        return {
+            name: self._chance.sample_independent(self.study, blank, name, distribution)
+            for name, distribution in distributions.items()
+        }
+
+    def ask(self, distributions: dict[str, BaseDistribution]) -> tuple[optuna.Trial, str]:
+        """Return the sampler's next point and its source; one that was enqueued goes first."""
+        with self._faults():
             asked = self.study.ask(distributions)
-        return asked, self._waiting.popleft() if self._waiting else "search"
+            return asked, asked.user_attrs.get("source", "search")
 
     def mark(self, asked: optuna.Trial, uuid: str) -> None:
-        """Note which trial of ours will answer."""
+        """Note which trial of ours will answer a point that the sampler proposed."""
         with self._faults():
             asked.set_user_attr(_UUID, uuid)
 

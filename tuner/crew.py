@@ -10,6 +10,8 @@ from ditune.db.jobs import Jobs
 from ditune.tuner.worker import POLL_S, Worker
 
 _RESERVE = 1  # jobs that wait when nobody is at work yet
+_LOOK_S = 0.05  # a result that waits to be told makes nobody idle, as long as the reserve lasts
+_LOOKS_PER_REAP = 20
 _PER_RUNNING = 2  # one more waits for so many that run
 
 
@@ -56,6 +58,7 @@ class Team:
         self._jobs = jobs
         self._study = study
         self._wait = wait
+        self._looks = 0
 
     def wanted(self, waiting: int, running: int) -> int:
         """Return how many jobs the reserve lacks."""
@@ -63,8 +66,10 @@ class Team:
 
     def work(self) -> None:
         """Take jobs back from workers that are gone, and wait a moment."""
-        self._jobs.reap(self._study)
-        self._wait(POLL_S / 4)
+        if self._looks % _LOOKS_PER_REAP == 0:
+            self._jobs.reap(self._study)
+        self._looks += 1
+        self._wait(_LOOK_S)
 
 
 def reserve_lacks(waiting: int, running: int) -> int:

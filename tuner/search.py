@@ -11,9 +11,9 @@ from __future__ import annotations
 import itertools
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import optuna
 
@@ -110,7 +110,7 @@ class Search:
         self._sampler = sampler or optuna.samplers.GPSampler(
             seed=seed, deterministic_objective=False, n_startup_trials=_STARTUP_TRIALS
         )
-        self._chance = optuna.samplers.RandomSampler(seed=seed)
+        self._seed = seed
         self._pending: dict[str, _Pending] = {}
         self._numbers = itertools.count()
 
@@ -136,7 +136,7 @@ class Search:
         self._origin = origin
         self._limit_s = limit_s
         self._crew = crew or Alone(Worker(store.jobs, self.name, Here(self.evaluator)))
-        self._asking = Asking(self.name, storage_url, self._sampler)
+        self._asking = Asking(self.name, storage_url, self._sampler, self._seed)
 
     def close(self) -> None:
         """Let go of Optuna's storage."""
@@ -171,7 +171,7 @@ class Search:
             except StoreLost:
                 self._asking.close()
                 self._asking = patiently(
-                    lambda: Asking(self.name, self._storage_url, self._sampler)
+                    lambda: Asking(self.name, self._storage_url, self._sampler, self._seed)
                 )
 
     def _go_on(
@@ -216,10 +216,8 @@ class Search:
                 self._pending[key] = _Pending(unfinished[key], [asked])
             else:  # it was asked, and nothing was ever begun
                 self._asking.give_up(asked)
-        for key in unfinished.keys() - self._pending.keys():  # Optuna's storage was lost
-            self._pending[key] = _Pending(unfinished[key], [])
-        if self._asking.is_new:
-            self._enqueue(self.space.baseline())
+        for key in unfinished.keys() - self._pending.keys() - known.keys():
+            self._pending[key] = _Pending(unfinished[key], [])  # Optuna's storage was lost
         return done
 
     def _wants(self, room: int) -> bool:
@@ -234,9 +232,10 @@ class Search:
         Many points spell the same policy. A sampler that asks for a known one is told what is
         known, which costs nothing and is no trial; `by_chance` then keeps it from asking again.
         """
-        self._propose(done)
-        sampler = self._chance if by_chance else self._sampler
-        asked, source = self._asking.ask(self.space.distributions, sampler)
+        own = self._own_point(done, by_chance=by_chance)
+        if own is not None:
+            return self._place(*own, done)
+        asked, source = self._asking.ask(self.space.distributions)
         policy = self.space.policy(asked.params)
         known = next((t for t in done if t.policy.id == policy.id), None)
         if known is not None:
@@ -248,9 +247,35 @@ class Search:
             return True
         job = self._job(policy, source)
         self._asking.mark(asked, job.uuid)
+        self._put(job, asked)
+        return False
+
+    def _own_point(
+        self, done: Sequence[Trial], *, by_chance: bool
+    ) -> tuple[Mapping[str, Any], str] | None:
+        """Return a point that a ladder or chance proposes, with its source, before a sampler is."""
+        proposal = self._proposed(done)
+        if proposal is not None:
+            return proposal.parameters, proposal.source
+        if by_chance or isinstance(self._sampler, optuna.samplers.RandomSampler):
+            return self._asking.by_chance(self.space.distributions), "search"
+        return None
+
+    def _place(self, parameters: Mapping[str, Any], source: str, done: Sequence[Trial]) -> bool:
+        """Let a point of our own be evaluated; return whether its policy was known already."""
+        policy = self.space.policy(parameters)
+        taken = [each.job.policy for each in self._pending.values()]
+        taken += [trial.policy for trial in done]
+        if any(policy.id == each.id for each in taken):
+            return True
+        job = self._job(policy, source)
+        space = self.space.distributions
+        self._put(job, self._asking.place(parameters, space, source, job.uuid))
+        return False
+
+    def _put(self, job: Job, asked: optuna.Trial) -> None:
         self.store.jobs.put(job)
         self._pending[job.uuid] = _Pending(job, [asked])
-        return False
 
     def _job(self, policy: Policy, source: str) -> Job:
         return Job(
@@ -267,15 +292,12 @@ class Search:
             origin=self._origin,
         )
 
-    def _propose(self, done: Sequence[Trial]) -> None:
-        """Queue the next proposal, unless something waits already or enough is known."""
-        if self._asking.has_waiting():
-            return
-        for imagined in self._imagined(done):
-            proposal = self._ladders.next(imagined)
-            if proposal is not None:
-                self._enqueue(proposal)
-                return
+    def _proposed(self, done: Sequence[Trial]) -> Proposal | None:
+        """Return the next proposal of the ladders, None when enough is known."""
+        if not done and not self._pending:
+            return self.space.baseline()
+        found = (self._ladders.next(imagined) for imagined in self._imagined(done))
+        return next((proposal for proposal in found if proposal is not None), None)
 
     def _imagined(self, done: Sequence[Trial]) -> Iterator[list[Trial]]:
         """Yield what may be known once everything pending has a result: it all holds, or misses.
@@ -286,9 +308,6 @@ class Search:
         hopes = (True, False) if len(pending) % 2 else (False, True)
         for holds in hopes if pending else (True,):
             yield [*done, *(_imagined(job, holds=holds) for job in pending)]
-
-    def _enqueue(self, proposal: Proposal) -> None:
-        self._asking.enqueue(proposal.parameters, proposal.source)
 
     def _arrived(self, done: Sequence[Trial]) -> Iterator[Trial]:
         """Yield the trials that have come in, once Optuna was told."""

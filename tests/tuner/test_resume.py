@@ -267,6 +267,25 @@ def test_optunas_storage_may_be_lost(store: Store, url: str, searching: Searchin
     assert len(second.run(Budget(3), quiet)) == 3
 
 
+def test_a_result_that_comes_in_while_a_search_begins_counts_once(
+    store: Store, url: str, searching: Searching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = searching(store, url)
+    first._ask(first._recovered(), by_chance=False)
+    before = Jobs.unfinished
+
+    def and_then_it_is_done(jobs: Jobs, study: str) -> dict[str, Job]:
+        found = before(jobs, study)
+        Worker(jobs, study, Formula()).step()
+        return found
+
+    monkeypatch.setattr(Jobs, "unfinished", and_then_it_is_done)
+    second = searching(store, url)
+    trials = second.run(Budget(1), quiet)
+    assert [trial.number for trial in trials] == [0]
+    assert {trials[0].uuid: 1} == told(second)
+
+
 # --- with workers ----------------------------------------------------------------------------
 
 

@@ -189,7 +189,7 @@ def test_a_policy_is_never_measured_twice(store: Store) -> None:
 
 def test_a_sampler_that_repeats_itself_spends_no_budget(store: Store) -> None:
     found, evaluator = search(store)
-    found._propose = lambda done: found._enqueue(found.space.prior(7))  # type: ignore[method-assign]
+    found._proposed = lambda done: found.space.prior(7) if done else found.space.baseline()  # type: ignore[method-assign]
     trials = found.run(Budget(trials=5), lambda *_: None)
     assert [trial.number for trial in trials] == [0, 1]  # plain, and the one that is asked for
     assert len(evaluator.calls) == 1
