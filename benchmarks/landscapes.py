@@ -17,6 +17,7 @@ from functools import cached_property
 from itertools import product
 
 import numpy as np
+import torch
 from benchmarks.simulated import STEPS, profile_of, trajectories_of
 from scipy import stats
 from scipy.ndimage import gaussian_filter1d
@@ -270,6 +271,7 @@ class Simulated:
     def __init__(self, landscape: Landscape, seed: int) -> None:
         """Measure a landscape; the seed is that of the latencies."""
         self.constraints = parse_constraints(FLOORS)
+        self.device = torch.device("cpu")
         self.forwards = 0
         self._landscape = landscape
         self._random = np.random.default_rng(seed)

@@ -17,18 +17,22 @@ from pathlib import Path
 import numpy as np
 from benchmarks.landscapes import PROOF_PROMPTS, SEARCH_PROMPTS, Landscape, Simulated
 from benchmarks.rows import Benchmark, Row, main
+from benchmarks.simulated import STEPS, profile_of, trajectories_of
 from rich.console import Console
 from scipy import stats
 
 from ditune.db.policy import Policy
-from ditune.db.records import Trial
+from ditune.db.records import Settings, Trial
 from ditune.tuner.confirm import Proof, Provenance, confirm
 from ditune.tuner.contenders import to_prove
-from ditune.tuner.evaluate import cases_of
+from ditune.tuner.evaluate import Case, cases_of
 from ditune.tuner.pace import candidates
-from ditune.tuner.search import Budget, Search
+from ditune.tuner.search import Budget
 from ditune.tuner.session import Options
+from ditune.tuner.space import Space
+from ditune.tuner.studies import searched
 
+_PROMPTS = "sha256:" + "0" * 64  # their digest: they are only names
 _SEARCHES, _QUICK = 300, 4
 _SEARCH_SEED, _PROOF_SEED = 1_000, 500_000
 _WORTH = 1.1  # a feasible policy this fast should be found
@@ -50,36 +54,17 @@ class Found:
     forwards: int
 
 
-class Memory:
-    """A store of trials in memory."""
-
-    def __init__(self) -> None:
-        """Start empty."""
-        self._trials: list[Trial] = []
-
-    def save_trial(self, trial: Trial) -> None:
-        """Keep a trial."""
-        self._trials.append(trial)
-
-    def trials(self, study: str) -> list[Trial]:
-        """Return all of them."""
-        return list(self._trials)
-
-
 def simulated(seed: int, cliff: bool, options: Options) -> Found:
     """Run one search as `tune run` does, and compare what it ships with the truth."""
     landscape = Landscape(seed, cliff)
     evaluator = Simulated(landscape, seed)
     space = landscape.space()
     cases = cases_of(SEARCH_PROMPTS, options.search_prompts, _SEARCH_SEED + 1_000 * seed)
-    with tempfile.TemporaryDirectory() as folder:
-        search = Search("study-simulated", space, evaluator, cases, seed)
-        search.open(f"sqlite:///{folder}/study.db", Memory())
-        trials = search.run(Budget(options.trials), lambda *_: None)
+    trials = searched_in_memory(space, evaluator, cases, options.trials, seed)
     proof = cases_of(PROOF_PROMPTS, options.confirm_prompts, _PROOF_SEED + 1_000 * seed)
     most = options.confirm_candidates
     contenders = to_prove(trials, space, evaluator.constraints, len(proof), most)
-    provenance = Provenance("study-simulated", "sha256:" + "0" * 64)
+    provenance = Provenance("study-simulated", _PROMPTS)
     shipped = confirm(Proof(evaluator, proof), contenders, provenance)
     fastest = candidates(trials, 1, space.sigmas)
     naive = fastest[0].policy if fastest else Policy()
@@ -95,6 +80,31 @@ def simulated(seed: int, cliff: bool, options: Options) -> Found:
         looked_at=shipped.looked_at,
         forwards=evaluator.forwards,
     )
+
+
+def searched_in_memory(
+    space: Space, evaluator: Simulated, cases: Sequence[Case], trials: int, seed: int
+) -> list[Trial]:
+    """Run a search in a database that lasts as long as it does; return its trials."""
+    profile = profile_of(trajectories_of(np.ones(STEPS), seed))
+    settings = Settings(
+        hardware=profile.hardware,
+        software=profile.software,
+        workload=profile.workload,
+        constraints=evaluator.constraints,
+        prompts_digest=_PROMPTS,
+        seed=seed,
+        space=space.digest,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        return searched(
+            settings,
+            space,
+            evaluator,
+            cases,
+            f"sqlite:///{folder}/search.db",
+            lambda search: search.run(Budget(trials), lambda *_: None),
+        )
 
 
 def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
 
-from ditune.db.errors import CorruptData, DituneError, StoreFault, UsageFault
+from ditune.db.errors import CorruptData, DituneError, StoreFault, StoreLost, UsageFault
 
 BUSY_TIMEOUT_MS = 30_000  # how long a writer waits for the one before it
 READS = "ditune_reads"  # execution option: this transaction only reads
@@ -67,7 +67,9 @@ def shown(url: URL) -> str:
 def study_storage_url(text: str) -> str:
     """Return the URL of Optuna's own storage, which never shares tables with ours.
 
-    It is `NAME.study.db` beside `NAME.db`, or the schema `ditune_study` on the same server.
+    It is `NAME.study.db` beside `NAME.db`, or the schema `ditune_study` on the same server. There
+    the disk is not waited for: Optuna writes a dozen times for each point, and what a server loses
+    when its machine goes down is told again from our tables.
 
     Raises:
         UsageFault: `text` is not a database URL or path.
@@ -79,7 +81,7 @@ def study_storage_url(text: str) -> str:
     else:
         before = url.query.get("options", "")
         given = before if isinstance(before, str) else " ".join(before)
-        options = f"{given} -csearch_path={STUDY_SCHEMA}".strip()
+        options = f"{given} -csearch_path={STUDY_SCHEMA} -csynchronous_commit=off".strip()
         url = url.update_query_dict({"options": options})
     return url.render_as_string(hide_password=False)
 
@@ -132,7 +134,8 @@ def make_engine(url: URL, *, foreign_keys: bool = True) -> Engine:
         UsageFault: The driver is not installed.
     """
     try:
-        engine = create_engine(url)
+        # a server may have been restarted since a connection was last used
+        engine = create_engine(url, pool_pre_ping=url.get_backend_name() != "sqlite")
     except ModuleNotFoundError as error:
         raise UsageFault(
             f"{shown(url)} needs the package {error.name}: pip install 'ditune[postgres]'"
@@ -205,7 +208,8 @@ def faults(where: str, *, opening: bool = False) -> Iterator[None]:
     Raises:
         CorruptData: The database is damaged.
         UsageFault: It cannot be opened or written with these rights, or there is no such server.
-        StoreFault: It is full, locked or gone; what was committed before is intact.
+        StoreFault: It is full or locked; what was committed before is intact.
+        StoreLost: The server does not answer, or ended the connection.
     """
     try:
         yield
@@ -261,4 +265,6 @@ def _server_fault(error: BaseException, where: str, detail: str, opening: bool) 
         return CorruptData(
             f"{where} lacks a table or column of ours ({detail}): restore a backup of it"
         )
+    if not state or state.startswith(("08", "57P")):  # no connection, or the server shuts down
+        return StoreLost(f"{where} does not answer ({detail}); what was saved before is intact")
     return StoreFault(f"{where} failed ({detail}); what was saved before is intact")

@@ -5,7 +5,9 @@ DituneError               exit code 1: failed in mid-run, state kept
 |- NoFeasiblePolicy       exit code 4: the search found nothing that holds the floors
 |- NotMeasurable          exit code 5: the environment cannot be measured
 |- CorruptData            exit code 6: a damaged or incompatible policy file or database
+|- EvaluationFault        exit code 1: the machine failed while a policy was evaluated
 `- StoreFault             exit code 1: the database could not be written; earlier state is intact
+   `- StoreLost           the server went away; what was asked of it may be asked again
 """
 
 from __future__ import annotations
@@ -45,3 +47,11 @@ class CorruptData(DituneError):
 
 class StoreFault(DituneError):
     """The database could not be read or written; what was committed before is intact."""
+
+
+class StoreLost(StoreFault):
+    """The database server cannot be reached at the moment; it may come back."""
+
+
+class EvaluationFault(DituneError):
+    """The process or device that evaluated a policy failed; the policy may be tried again."""

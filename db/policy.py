@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 from typing import Annotated, Literal, Self
 
@@ -187,4 +188,13 @@ class Policy(Record):
     @property
     def id(self) -> str:
         """The content address of the policy."""
-        return digest(self)
+        return _digest(self)
+
+
+@lru_cache(maxsize=10_000)
+def _digest(policy: Policy) -> str:
+    """Return the digest of a policy; a search compares each with all others, again and again.
+
+    Kept beside the records, not in them: there it would travel along with `model_copy`.
+    """
+    return digest(policy)

@@ -18,7 +18,7 @@ from ditune.db.parsing import parse, parse_addressed
 from ditune.db.policy import Policy
 from ditune.db.records import SCHEMA_VERSION, Evidence, Hardware, Match, Software, Workload
 
-REVISION = "0.1.0"  # the schema that the queries below are written for
+REVISIONS = ("0.1.0", "0.2.0")  # schemas that the queries below read alike, the newest last
 VERSION_TABLE = "ditune_alembic_version"
 # views and triggers, which could stand in for our tables; ditune makes none
 PLANTED = "SELECT name FROM sqlite_master WHERE type NOT IN ('table', 'index')"
@@ -217,10 +217,10 @@ def _require_our_schema(connection: sqlite3.Connection, path: Path) -> None:
     if planted:
         raise CorruptData(f"{path} was changed: it has {_listed(planted)}, which ditune never made")
     revisions = _column(connection, f"SELECT version_num FROM {VERSION_TABLE}", ())
-    if revisions != [REVISION]:
+    if len(revisions) != 1 or revisions[0] not in REVISIONS:
         raise CorruptData(
-            f"{path} has the schema {_listed(revisions)}, this release of ditune reads {REVISION}: "
-            "run tune db upgrade, or upgrade ditune"
+            f"{path} has the schema {_listed(revisions)}, this release of ditune reads "
+            f"{_listed(REVISIONS)}: run tune db upgrade, or upgrade ditune"
         )
 
 

@@ -7,15 +7,16 @@ one was proved to give; a `Match` is what a lookup answers.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, StringConstraints, model_validator
 
 from ditune.db.digest import digest
 from ditune.db.policy import Policy
 from ditune.db.record import Count, Digest, Name, Positive, Record, Status, Timestamp
 
 SCHEMA_VERSION = 1
+Location = Annotated[str, StringConstraints(min_length=1, max_length=4096)]  # a folder or hub id
 
 # --- where and with what ---------------------------------------------------------------------
 
@@ -278,6 +279,42 @@ class Trial(Record):
         """Whether the trial ran to its end and holds every constraint."""
         held = all(value <= 0 for value in self.violation.values())
         return self.state == "complete" and bool(self.violation) and held
+
+
+class Origin(Record):
+    """Where another process loads a pipeline from: a registered name, or a folder or hub id."""
+
+    registered: Name | None = None
+    model: Location | None = None
+    revision: Name | None = None
+    small_model: Location | None = None
+    call: dict[str, int | float | str] = Field(default_factory=dict)  # besides prompt and generator
+
+
+class Job(Record):
+    """One evaluation that was asked for: everything that a process elsewhere needs to do it.
+
+    Its `uuid` and `number` become those of the trial. Without an `origin` the pipeline lives in the
+    process that asks, and no other can do the job.
+    """
+
+    uuid: Name
+    study: Name
+    number: Count
+    source: Literal["baseline", "default", "prior", "search", "confirmation"]
+    policy: Policy
+    constraints: tuple[Constraint, ...]
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    pairs: Positive  # how many of the last cases the plain pipeline runs beside
+    limit_s: Annotated[float, Field(gt=0)] | None = None  # what takes longer hangs
+    origin: Origin | None = None
+
+    @model_validator(mode="after")
+    def _one_seed_per_prompt(self) -> Self:
+        if len(self.prompts) != len(self.seeds):
+            raise ValueError(f"{len(self.prompts)} prompts need as many seeds")
+        return self
 
 
 class Artifact(Record):

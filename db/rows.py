@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 
 from ditune.db.parsing import address_of
 from ditune.db.record import Record
-from ditune.db.records import PolicyFile, Profile
-from ditune.db.schema import HardwareRow, Schema, SoftwareRow, WorkloadRow
+from ditune.db.records import PolicyFile, Profile, Trial
+from ditune.db.schema import HardwareRow, Schema, SoftwareRow, TrialRow, WorkloadRow
 
 
 def insert_new(session: Session, table: type[Schema], row: dict[str, Any]) -> None:
@@ -38,6 +38,19 @@ def save_facts(session: Session, record: PolicyFile | Profile) -> dict[str, str]
         insert_new(session, table, {"key": key, "body": body(fact)})
         keys[f"{name}_key"] = key
     return keys
+
+
+def keep_trial(session: Session, trial: Trial) -> None:
+    """Keep a trial; told twice, the first report stays."""
+    row = {
+        "uuid": trial.uuid,
+        "study": trial.study,
+        "number": trial.number,
+        "state": trial.state,
+        "body": body(trial),
+        "created_at": trial.created_at,
+    }
+    insert_new(session, TrialRow, row)
 
 
 def body(record: Record) -> str:

@@ -4,6 +4,7 @@ hardware, software, workload, policy    facts under their digest
 evidence                                what a policy gave, on which of the three
 active, active_history                  the evidence in use per hardware, workload and tier
 study, trial, profile, artifact         how it was found
+job, search                             what is being evaluated, by whom, and until when
 
 Bodies are the JSON of the record of the same name; columns beside a body repeat what is searched.
 """
@@ -16,10 +17,12 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     ForeignKey,
+    Index,
     Integer,
     MetaData,
     Text,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -177,3 +180,46 @@ class ArtifactRow(Schema):
     media_type: Mapped[str] = mapped_column(Text)
     byte_count: Mapped[int] = mapped_column(Integer().with_variant(BigInteger, "postgresql"))
     created_at: Mapped[str] = mapped_column(Text)
+
+
+class JobRow(Schema):
+    """A `Job`, and the lease of whoever evaluates it; `expires_ms` is on the database's clock."""
+
+    __tablename__ = "job"
+    __table_args__ = (
+        UniqueConstraint("study", "number"),
+        CheckConstraint("state IN ('waiting', 'running', 'done')", name="state"),
+        _json_body(),
+        # two evaluations that share a device would measure each other
+        Index(
+            "ix_job_device",
+            "device",
+            unique=True,
+            sqlite_where=text("state = 'running'"),
+            postgresql_where=text("state = 'running'"),
+        ),
+        _STRICT,
+    )
+    uuid: Mapped[str] = mapped_column(Text, primary_key=True)
+    study: Mapped[str] = _reference("study.name")
+    number: Mapped[int] = mapped_column(Integer)
+    state: Mapped[str] = mapped_column(Text)
+    attempts: Mapped[int] = mapped_column(Integer)
+    worker: Mapped[str | None] = mapped_column(Text)
+    host: Mapped[str | None] = mapped_column(Text)
+    boot: Mapped[str | None] = mapped_column(Text)
+    device: Mapped[str | None] = mapped_column(Text)
+    expires_ms: Mapped[int | None] = mapped_column(Integer().with_variant(BigInteger, "postgresql"))
+    body: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[str] = mapped_column(Text)
+
+
+class SearchRow(Schema):
+    """Whether a study's search goes on: workers stay until it has ended."""
+
+    __tablename__ = "search"
+    __table_args__ = (_STRICT,)
+    study: Mapped[str] = mapped_column(
+        Text, ForeignKey("study.name", ondelete="RESTRICT"), primary_key=True
+    )
+    ended_at: Mapped[str | None] = mapped_column(Text)

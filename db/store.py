@@ -29,6 +29,7 @@ from ditune.db.engine import (
 )
 from ditune.db.errors import CorruptData, UsageFault
 from ditune.db.files import write_atomically
+from ditune.db.jobs import Jobs
 from ditune.db.parsing import parse
 from ditune.db.records import (
     Artifact,
@@ -40,7 +41,7 @@ from ditune.db.records import (
     Trial,
     Workload,
 )
-from ditune.db.rows import body, insert_new, now, save_facts
+from ditune.db.rows import body, insert_new, keep_trial, now, save_facts
 from ditune.db.schema import (
     ActiveRow,
     ArtifactRow,
@@ -64,6 +65,7 @@ class Store:
         self._engine = engine
         self._reader = engine.execution_options(**{READS: True})
         self._artifacts = artifacts
+        self.jobs = Jobs(engine)  # what is being evaluated, by whom
 
     @classmethod
     def open(cls, url: str, artifacts: Path | None = None) -> Self:
@@ -227,18 +229,16 @@ class Store:
             UsageFault: Its study was never saved.
             StoreFault: Another trial of the study has its number.
         """
-        row = {
-            "uuid": trial.uuid,
-            "study": trial.study,
-            "number": trial.number,
-            "state": trial.state,
-            "body": body(trial),
-            "created_at": trial.created_at,
-        }
         with self._writing() as session:
             if session.get(StudyRow, trial.study) is None:
                 raise UsageFault(f"{self.where} holds no study {trial.study}: save it first")
-            insert_new(session, TrialRow, row)
+            keep_trial(session, trial)
+
+    def trial(self, uuid: str) -> Trial | None:
+        """Return a trial by its uuid, None if there is none yet."""
+        with self._reading() as session:
+            row = session.get(TrialRow, uuid)
+            return None if row is None else parse(Trial, row.body, f"a trial in {self.where}")
 
     def trials(self, study: str) -> list[Trial]:
         """Return a study's trials by number."""

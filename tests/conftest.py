@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +16,12 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from sqlalchemy import create_engine, text
+from sqlalchemy.pool import NullPool
 from torch import Tensor, nn
 
 STEPS = 12
+SERVER = "DITUNE_TEST_POSTGRES"  # the URL of an empty database; its tables are dropped
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,6 +31,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def server_database() -> str:
+    """Return the URL of an empty PostgreSQL database."""
+    if SERVER not in os.environ:
+        pytest.skip(f"needs the URL of a PostgreSQL database in {SERVER}")
+    url = os.environ[SERVER]
+    with create_engine(url, poolclass=NullPool).begin() as connection:
+        for schema in ("public", "ditune_study"):
+            connection.execute(text(f"DROP SCHEMA IF EXISTS {schema} CASCADE"))
+        connection.execute(text("CREATE SCHEMA public"))
+    return url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def any_database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return the URL of an empty database, of each kind in turn."""
+    if request.param == "sqlite":
+        return str(tmp_path / "policies.db")
+    url: str = request.getfixturevalue("server_database")
+    return url
 
 
 Generate = Callable[..., Tensor]

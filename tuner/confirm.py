@@ -19,7 +19,7 @@ from scipy import stats
 from ditune.db.policy import Policy
 from ditune.db.records import Constraint, Evidence, Interval, Quality
 from ditune.profiler.statistics import CONFIDENCE, paired_speedup, worst_lower_bound
-from ditune.tuner.evaluate import Case, Evaluator, Outcome
+from ditune.tuner.evaluate import Case, Evaluates, Outcome
 from ditune.tuner.quality import UNSEEN, bound_by, lower_bound, summarise
 from ditune.tuner.search import now
 
@@ -85,7 +85,7 @@ class Proof:
 
     def __init__(
         self,
-        evaluator: Evaluator,
+        evaluator: Evaluates,
         cases: Sequence[Case],
         progress: Callable[[int], None] = lambda _: None,
     ) -> None:

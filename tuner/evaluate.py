@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -44,6 +44,37 @@ class Outcome:
     earlier_ms: float | None = None
 
 
+class Evaluates(Protocol):
+    """What a search and a proof need of an evaluator."""
+
+    @property
+    def constraints(self) -> tuple[Constraint, ...]:
+        """What is scored."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline runs."""
+
+    def knows(self, case: Case) -> bool:
+        """Whether the plain video of a case was generated already."""
+
+    def plain_values(self, case: Case) -> dict[str, float]:
+        """Return what each metric gives the plain video against itself."""
+
+    def measure(self, policy: Policy, case: Case, *, paired: bool) -> Outcome:
+        """Generate one case under a policy and compare it with the plain video."""
+
+    def run(
+        self,
+        policy: Policy,
+        cases: Sequence[Case],
+        *,
+        pairs: int,
+        stop: Callable[[list[Outcome]], bool] = ...,
+    ) -> Iterator[Outcome]:
+        """Measure a policy case by case."""
+
+
 class Evaluator:
     """Runs a source's pipeline plain and tuned; plain videos are generated once and kept."""
 
@@ -75,6 +106,14 @@ class Evaluator:
     def adopt(self, case: Case, output: Any) -> None:
         """Take what the plain pipeline returned for a case elsewhere, with numpy output."""
         self._plain.setdefault(case, video_of(output))
+
+    def known(self) -> dict[Case, np.ndarray]:
+        """Return the plain videos that were generated or adopted so far."""
+        return dict(self._plain)
+
+    def know(self, videos: Mapping[Case, np.ndarray]) -> None:
+        """Take plain videos that another evaluator of the same source knows."""
+        self._plain.update(videos)
 
     def knows(self, case: Case) -> bool:
         """Whether the plain video of a case was generated already."""

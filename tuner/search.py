@@ -1,47 +1,67 @@
 """The search loop: ask, evaluate, store, tell.
 
-Results go to our database first and to Optuna second, so that nothing that was measured is lost.
-A trial that ran to its end or was rejected early is told as COMPLETE with all its constraints; FAIL
-is for faults of the machine.
+Results go to our database first and to Optuna second, so that nothing that was measured is lost:
+a search that begins tells first what an earlier run left untold, exactly once. A trial that ran to
+its end, was rejected early or could not run is told as COMPLETE with all its constraints; FAIL is
+for faults of the machine.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import optuna
-from optuna.trial import TrialState
 
+from ditune.db.errors import StoreLost
+from ditune.db.jobs import Jobs
 from ditune.db.policy import Policy
-from ditune.db.records import Constraint, Trial
-from ditune.profiler.statistics import CONFIDENCE, paired_speedup
-from ditune.tuner.evaluate import Case, Evaluator, Outcome
+from ditune.db.records import Job, Origin, Trial
+from ditune.tuner.asking import Asking
+from ditune.tuner.crew import Alone, Crew
+from ditune.tuner.evaluate import Case, Evaluates
+from ditune.tuner.here import Here
 from ditune.tuner.ladders import Ladders
 from ditune.tuner.pace import Pace
-from ditune.tuner.quality import counts, lower_bound, summarise
 from ditune.tuner.space import Proposal, Space
+from ditune.tuner.verdict import (
+    hopeless,
+    missed_for_sure,
+    now,
+    search_speedup,
+    violations,
+)
+from ditune.tuner.worker import Worker, patiently
 
+__all__ = [  # the verdicts on a trial are found here as well
+    "Budget",
+    "Search",
+    "TrialStore",
+    "hopeless",
+    "missed_for_sure",
+    "now",
+    "search_speedup",
+    "violations",
+]
 _CASES_PER_PAIR = 8  # of a trial, at least one pair; confirmation takes one per prompt
 _STARTUP_TRIALS = 8
 _REPEATS = 50  # known policies in a row, after which there is nothing new to be found
-_POLICY = "policy"  # of a trial whose parameters only come close to it
-_MARGIN = 0.8  # confidence of the bound that a mean counts with
 
 
 class TrialStore(Protocol):
-    """Where trials are kept: `db.store.Store`, or a scripted one in tests."""
+    """Where trials and jobs are kept: `db.store.Store`."""
 
-    def save_trial(self, trial: Trial) -> None:
-        """Keep a trial; saving it twice changes nothing."""
+    jobs: Jobs
 
     def trials(self, study: str) -> list[Trial]:
         """Return the trials of a study by number."""
+
+    def trial(self, uuid: str) -> Trial | None:
+        """Return a trial, None if there is none yet."""
 
 
 @dataclass(frozen=True)
@@ -52,226 +72,292 @@ class Budget:
     seconds: float = float("inf")
 
 
-def now() -> str:
-    """Return the time of day as our records hold it."""
-    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+@dataclass(frozen=True)
+class _Pending:
+    """A job without a result, and every point asked that spells its policy."""
+
+    job: Job
+    asked: list[optuna.Trial]
 
 
 class Search:
     """One study: its space, its evaluator, its two memories."""
 
     def __init__(
-        self, name: str, space: Space, evaluator: Evaluator, cases: Sequence[Case], seed: int
+        self,
+        name: str,
+        space: Space,
+        evaluator: Evaluates,
+        cases: Sequence[Case],
+        seed: int,
+        sampler: optuna.samplers.BaseSampler | None = None,
     ) -> None:
-        """Prepare a study; `open` connects it to its memories."""
+        """Prepare a study; `open` connects it to its memories.
+
+        Args:
+            name: Of the study.
+            space: What may be searched.
+            evaluator: Of the source, with the floors.
+            cases: The calibration prompts.
+            seed: Of the sampler.
+            sampler: Proposes what no ladder does; by default Gaussian processes.
+        """
         self.name = name
         self.space = space
         self.evaluator = evaluator
         self.cases = list(cases)
         self._ladders = Ladders(space)
-        self._sampler = optuna.samplers.GPSampler(
+        self._sampler = sampler or optuna.samplers.GPSampler(
             seed=seed, deterministic_objective=False, n_startup_trials=_STARTUP_TRIALS
         )
-        self._chance = optuna.samplers.RandomSampler(seed=seed)
+        self._seed = seed
+        self._pending: dict[str, _Pending] = {}
+        self._numbers = itertools.count()
 
-    def open(self, storage_url: str, store: TrialStore) -> None:
-        """Create or reopen the study; trials that a dead process left running are closed."""
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
+    def open(
+        self,
+        storage_url: str,
+        store: TrialStore,
+        crew: Crew | None = None,
+        origin: Origin | None = None,
+        limit_s: float | None = None,
+    ) -> None:
+        """Create or reopen the study.
+
+        Args:
+            storage_url: Optuna's own.
+            store: Ours.
+            crew: Evaluates; by default this process does, with the evaluator.
+            origin: Where others find the pipeline.
+            limit_s: What an evaluation may take, where it can be ended.
+        """
         self.store = store
-        self.study = optuna.create_study(
-            study_name=self.name,
-            storage=storage_url,
-            sampler=self._sampler,
-            direction="minimize",
-            load_if_exists=True,
-        )
-        fresh = not self.study.trials
-        for trial in self.study.get_trials(states=(TrialState.RUNNING,)):
-            self.study.tell(trial.number, state=TrialState.FAIL)
-        if fresh:
-            self._enqueue(self.space.baseline())
+        self._storage_url = storage_url
+        self._origin = origin
+        self._limit_s = limit_s
+        self._crew = crew or Alone(Worker(store.jobs, self.name, Here(self.evaluator)))
+        self._asking = Asking(self.name, storage_url, self._sampler, self._seed)
+
+    def close(self) -> None:
+        """Let go of Optuna's storage."""
+        self._asking.close()
+
+    @property
+    def study(self) -> optuna.Study:
+        """Optuna's study."""
+        return self._asking.study
 
     def run(self, budget: Budget, progress: Callable[[Trial, int], None]) -> list[Trial]:
         """Evaluate until the budget is spent; trials of earlier runs of the study count.
 
+        A database that goes away is waited for; the search then goes on as if it began anew.
+
         Args:
             budget: Policies in all, and seconds for this run.
             progress: Called after every trial with it and the number of trials so far.
+
+        Raises:
+            UsageFault: Another process searches this study.
+            StoreLost: The database stayed away.
         """
-        started = time.monotonic()
-        done = self.store.trials(self.name)
+        ends = time.monotonic() + budget.seconds
+        jobs = self.store.jobs
+        while True:
+            try:
+                with jobs.sole_asker(self.name) as require_alone:
+                    done = self._go_on(budget.trials, ends, progress, require_alone)
+                    jobs.end(self.name)
+                    return done
+            except StoreLost:
+                self._asking.close()
+                self._asking = patiently(
+                    lambda: Asking(self.name, self._storage_url, self._sampler, self._seed)
+                )
+
+    def _go_on(
+        self,
+        most: int,
+        ends: float,
+        progress: Callable[[Trial, int], None],
+        require_alone: Callable[[], None],
+    ) -> list[Trial]:
+        """Ask, evaluate, store and tell until there are `most` trials or the time `ends`."""
+        done = self._recovered()
         repeats = 0
-        while len(done) < budget.trials and time.monotonic() - started < budget.seconds:
-            trial, known = self._one(done, by_chance=repeats > 0)
-            repeats = repeats + 1 if known else 0
-            if repeats == _REPEATS:
-                break
-            if not known:
+        while True:
+            require_alone()
+            for trial in self._arrived(done):
                 done.append(trial)
                 progress(trial, len(done))
+                repeats = 0  # what is known has changed
+            over = time.monotonic() >= ends
+            if over:
+                self._withdraw()
+            while not over and repeats < _REPEATS and self._wants(most - len(done)):
+                known = self._ask(done, by_chance=repeats > 0)
+                repeats = repeats + 1 if known else 0
+            if not self._pending:
+                return done
+            self._crew.work()
+
+    def _recovered(self) -> list[Trial]:
+        """Take up what earlier runs left; return all trials."""
+        jobs = self.store.jobs
+        jobs.begin(self.name)
+        self._pending = {}
+        self._numbers = itertools.count(jobs.next_number(self.name))
+        unfinished = jobs.unfinished(self.name)
+        done = self.store.trials(self.name)
+        known = {trial.uuid: trial for trial in done}
+        for key, asked in self._asking.running():
+            if key in known:
+                self._tell([asked], known[key], done)
+            elif key in unfinished:
+                self._pending[key] = _Pending(unfinished[key], [asked])
+            else:  # it was asked, and nothing was ever begun
+                self._asking.give_up(asked)
+        for key in unfinished.keys() - self._pending.keys() - known.keys():
+            self._pending[key] = _Pending(unfinished[key], [])  # Optuna's storage was lost
         return done
 
-    def _one(self, done: Sequence[Trial], *, by_chance: bool) -> tuple[Trial, bool]:
-        """Ask, evaluate, store, tell; return the trial, and whether it was known already.
+    def _wants(self, room: int) -> bool:
+        """Whether another job is to be asked for now."""
+        if len(self._pending) >= room:
+            return False
+        return self._crew.wanted(*self.store.jobs.counts(self.name)) > 0
+
+    def _ask(self, done: Sequence[Trial], *, by_chance: bool) -> bool:
+        """Ask for a point and let its policy be evaluated; return whether it was known already.
 
         Many points spell the same policy. A sampler that asks for a known one is told what is
         known, which costs nothing and is no trial; `by_chance` then keeps it from asking again.
         """
-        self._propose(done)
-        self.study.sampler = self._chance if by_chance else self._sampler
-        asked = self.study.ask(self.space.distributions)
-        explicit = asked.user_attrs.get(_POLICY)
-        policy = (
-            Policy.model_validate_json(explicit) if explicit else self.space.policy(asked.params)
-        )
+        own = self._own_point(done, by_chance=by_chance)
+        if own is not None:
+            return self._place(*own, done)
+        asked, source = self._asking.ask(self.space.distributions)
+        policy = self.space.policy(asked.params)
         known = next((t for t in done if t.policy.id == policy.id), None)
-        trial = known or self._tried(policy, asked, len(done))
-        if known is None:
-            self.store.save_trial(trial)
-        for name, violation in trial.violation.items():
-            asked.set_constraint(name, violation)
-        pace = Pace([*done, trial], self.space.sigmas)
-        self.study.tell(asked, 1.0 / pace.speedup(trial))
-        return trial, known is not None
+        if known is not None:
+            self._tell([asked], known, done)
+            return True
+        twin = next((p for p in self._pending.values() if p.job.policy.id == policy.id), None)
+        if twin is not None:
+            twin.asked.append(asked)
+            return True
+        job = self._job(policy, source)
+        self._asking.mark(asked, job.uuid)
+        self._put(job, asked)
+        return False
 
-    def _propose(self, done: Sequence[Trial]) -> None:
-        """Queue the next proposal, unless something waits already or enough is known."""
-        if self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            return
-        proposal = self._ladders.next(done)
+    def _own_point(
+        self, done: Sequence[Trial], *, by_chance: bool
+    ) -> tuple[Mapping[str, Any], Policy, str] | None:
+        """Return a point that a ladder or chance proposes, its policy and where it comes from.
+
+        None where the sampler has to be asked.
+        """
+        space, proposal = self.space, self._proposed(done)
         if proposal is not None:
-            self._enqueue(proposal)
+            parameters = proposal.parameters
+            return parameters, proposal.policy or space.policy(parameters), proposal.source
+        if by_chance or isinstance(self._sampler, optuna.samplers.RandomSampler):
+            parameters = self._asking.by_chance(space.distributions)
+            return parameters, space.policy(parameters), "search"
+        return None
 
-    def _enqueue(self, proposal: Proposal) -> None:
-        attributes: dict[str, str] = {"source": proposal.source}
-        if proposal.policy is not None:
-            attributes[_POLICY] = proposal.policy.model_dump_json()
-        self.study.enqueue_trial(proposal.parameters, user_attrs=attributes)
+    def _place(
+        self, parameters: Mapping[str, Any], policy: Policy, source: str, done: Sequence[Trial]
+    ) -> bool:
+        """Let a point of our own be evaluated; return whether its policy was known already."""
+        taken = [each.job.policy for each in self._pending.values()]
+        taken += [trial.policy for trial in done]
+        if any(policy.id == each.id for each in taken):
+            return True
+        job = self._job(policy, source)
+        space = self.space.distributions
+        self._put(job, self._asking.place(parameters, space, source, job.uuid))
+        return False
 
-    def _tried(self, policy: Policy, asked: optuna.Trial, number: int) -> Trial:
-        """Evaluate a policy; the plain pipeline is known without running it against itself."""
-        started = time.monotonic()
-        constraints = self.evaluator.constraints
-        speedup, work_ratio, rejected, reason = 1.0, 1.0, False, ""
-        if policy == Policy():
-            values = [self.evaluator.plain_values(case) for case in self.cases]
-        else:
-            outcomes = self._outcomes(policy)
-            values = [outcome.values for outcome in outcomes]
-            speedup = search_speedup(outcomes)
-            work_ratio = float(np.median([o.summary.work_ratio for o in outcomes]))
-            rejected = len(outcomes) < len(self.cases)
-            reason = (hopeless if rejected else missed_for_sure)(constraints, values)
-        return Trial(
+    def _put(self, job: Job, asked: optuna.Trial) -> None:
+        self.store.jobs.put(job)
+        self._pending[job.uuid] = _Pending(job, [asked])
+
+    def _job(self, policy: Policy, source: str) -> Job:
+        return Job(
             uuid=uuid.uuid4().hex,
             study=self.name,
-            number=number,
-            source=asked.user_attrs.get("source", "search"),
+            number=next(self._numbers),
+            source=source,  # type: ignore[arg-type]  # the model checks it
             policy=policy,
-            state="rejected" if rejected else "complete",
-            speedup=speedup,
-            work_ratio=work_ratio,
-            quality=summarise(constraints, values),
-            violation=violations(constraints, values),
-            reason=reason or None,
-            duration_s=time.monotonic() - started,
-            created_at=now(),
+            constraints=self.evaluator.constraints,
+            prompts=tuple(case.prompt for case in self.cases),
+            seeds=tuple(case.seed for case in self.cases),
+            pairs=max(1, len(self.cases) // _CASES_PER_PAIR),
+            limit_s=self._limit_s,
+            origin=self._origin,
         )
 
-    def _outcomes(self, policy: Policy) -> list[Outcome]:
-        """Run a policy on the cases, until it is certain that it misses a floor."""
-        constraints = self.evaluator.constraints
-        return list(
-            self.evaluator.run(
-                policy,
-                self.cases,
-                pairs=max(1, len(self.cases) // _CASES_PER_PAIR),
-                stop=lambda seen: bool(hopeless(constraints, [each.values for each in seen])),
-            )
-        )
+    def _proposed(self, done: Sequence[Trial]) -> Proposal | None:
+        """Return the next proposal of the ladders, None when enough is known."""
+        if not done and not self._pending:
+            return self.space.baseline()
+        found = (self._ladders.next(imagined) for imagined in self._imagined(done))
+        return next((proposal for proposal in found if proposal is not None), None)
+
+    def _imagined(self, done: Sequence[Trial]) -> Iterator[list[Trial]]:
+        """Yield what may be known once everything pending has a result: it all holds, or misses.
+
+        So the steps of a ladder are climbed ahead, in both directions in turn.
+        """
+        pending = [each.job for each in self._pending.values()]
+        hopes = (True, False) if len(pending) % 2 else (False, True)
+        for holds in hopes if pending else (True,):
+            yield [*done, *(_imagined(job, holds=holds) for job in pending)]
+
+    def _arrived(self, done: Sequence[Trial]) -> Iterator[Trial]:
+        """Yield the trials that have come in, once Optuna was told."""
+        finished = self.store.jobs.done(list(self._pending))
+        for key in [key for key in self._pending if key in finished]:
+            trial = self.store.trial(key)
+            assert trial is not None, f"job {key} is done and has no trial"
+            self._tell(self._pending.pop(key).asked, trial, [*done, trial])
+            yield trial
+
+    def _tell(self, asked: Sequence[optuna.Trial], trial: Trial, done: Sequence[Trial]) -> None:
+        """Tell Optuna about a trial that is stored; the one that was stored for it goes last.
+
+        After a crash in between, the others are given up, and this one is told.
+        """
+        for each in reversed(asked):
+            if trial.state == "failed":
+                self._asking.give_up(each)
+            else:
+                pace = Pace(done, self.space.sigmas)
+                self._asking.tell(each, trial, 1.0 / pace.speedup(trial))
+
+    def _withdraw(self) -> None:
+        """Take back what nobody has begun, when the time is over."""
+        for key in self.store.jobs.withdraw(self.name):
+            for each in self._pending.pop(key).asked:
+                self._asking.give_up(each)
 
 
-def search_speedup(outcomes: Sequence[Outcome]) -> float:
-    """Return the median speedup of the pairs, but no more than the work that was left out allows.
-
-    With few pairs on a shared machine a lucky ratio would otherwise lead the sampler astray. A
-    trial that was given up before its pair is taken to be as fast as its work suggests; blocks of
-    two sizes do not add up, so that a hand-off is then compared with the reference videos.
-    """
-    work_ratio = max(o.summary.work_ratio for o in outcomes)
-    small = any(o.summary.small_forwards for o in outcomes)
-    pairs = [(o.baseline_ms, o.tuned_ms) for o in outcomes if o.baseline_ms is not None]
-    if not pairs and small:
-        pairs = [(o.earlier_ms, o.tuned_ms) for o in outcomes if o.earlier_ms is not None]
-    if not pairs:
-        return work_ratio
-    measured = paired_speedup([b for b, _ in pairs], [t for _, t in pairs]).median
-    return measured if small else min(measured, work_ratio)
-
-
-def violations(
-    constraints: Sequence[Constraint], values: Sequence[Mapping[str, float]]
-) -> dict[str, float]:
-    """Return by how much each constraint is missed, relative to its floor; <= 0 holds it.
-
-    A mean counts with its one-sided 80 % bound: the search leans on every lucky sample that it
-    finds, and a candidate that cannot be confirmed costs videos. Confirmation asks for 95 % of many
-    more prompts; with three, that would be a margin of many decibels. Of metrics that count, the
-    mean itself counts: on a few dozen prompts every difference would fail its bound.
-    """
-    missed = {}
-    for constraint in constraints:
-        scores = [value[constraint.metric] for value in values]
-        if constraint.statistic == "worst":
-            seen = min(scores)
-        elif counts(constraint):
-            seen = float(np.mean(scores))
-        else:
-            seen = lower_bound(constraint, scores, _MARGIN)
-        missed[constraint.name] = (constraint.floor - seen) / max(abs(constraint.floor), 1e-3)
-    return missed
-
-
-def hopeless(constraints: Sequence[Constraint], values: Sequence[Mapping[str, float]]) -> str:
-    """Return why a trial cannot hold its floors whatever comes, empty if it still can.
-
-    A worst prompt below its floor cannot be undone. A mean is given up after two prompts that both
-    miss it by a tenth, or, where the metric counts, once its upper bound misses it.
-    """
-    for constraint in constraints:
-        scores = [value[constraint.metric] for value in values]
-        if constraint.statistic == "worst" and min(scores) < constraint.floor:
-            return f"{constraint.name}: a prompt gave {min(scores):.3g}, below {constraint.floor:g}"
-        if constraint.statistic == "worst":
-            continue
-        most, lost = max(scores), constraint.floor - 0.1 * abs(constraint.floor)
-        if counts(constraint):
-            most, lost = _most(constraint, scores, CONFIDENCE), constraint.floor
-        if len(scores) >= 2 and most < lost:
-            return f"{constraint.name}: {len(scores)} prompts stay below {lost:.3g}"
-    return ""
-
-
-def missed_for_sure(
-    constraints: Sequence[Constraint], values: Sequence[Mapping[str, float]]
-) -> str:
-    """Return which floor a complete trial misses, empty if none or if it may have been unlucky.
-
-    Of a metric that counts, a few dozen videos say little: a policy without any loss misses its
-    floor every fourth time. So that a search does not turn away from it, the 80 % bound of what it
-    may give has to miss.
-    """
-    missed = violations(constraints, values)
-    for constraint in constraints:
-        if missed[constraint.name] <= 0:
-            continue
-        scores = [value[constraint.metric] for value in values]
-        unlucky = constraint.statistic == "mean" and counts(constraint)
-        if not unlucky or _most(constraint, scores, _MARGIN) < constraint.floor:
-            return f"{constraint.name}: {len(scores)} prompts miss {constraint.floor:g}"
-    return ""
-
-
-def _most(constraint: Constraint, scores: Sequence[float], confidence: float) -> float:
-    """Return the one-sided upper bound of a metric's mean."""
-    return -lower_bound(constraint, [-score for score in scores], confidence)
+def _imagined(job: Job, *, holds: bool) -> Trial:
+    """Return the trial that a job may end with; only ladders see it."""
+    violation: dict[str, float] = {c.name: -1.0 if holds else 1.0 for c in job.constraints}
+    return Trial(
+        uuid=job.uuid,
+        study=job.study,
+        number=job.number,
+        source=job.source,
+        policy=job.policy,
+        state="complete" if holds else "rejected",
+        speedup=1.0,
+        work_ratio=1.0,
+        quality={},
+        violation=violation,
+        reason=None if holds else "imagined",
+        duration_s=0.0,
+        created_at=now(),
+    )

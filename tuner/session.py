@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -20,6 +21,8 @@ from ditune.profiler.impact import impacts
 from ditune.profiler.record import Recorded, record
 from ditune.tuner.confirm import PAIRS_MIN, Confirmation, Proof, Provenance, confirm
 from ditune.tuner.contenders import to_prove
+from ditune.tuner.crew import Crew
+from ditune.tuner.elsewhere import Elsewhere, crew_of, first_note, limit_s, require_shared
 from ditune.tuner.evaluate import Case, Evaluator, cases_of
 from ditune.tuner.fewer_steps import FewestSteps, fewest_steps
 from ditune.tuner.quality import (
@@ -108,13 +111,30 @@ class Session:
     """Tunes one source into one store."""
 
     def __init__(
-        self, source: Source, store: Store, options: Options, progress: Progress | None = None
+        self,
+        source: Source,
+        store: Store,
+        options: Options,
+        progress: Progress | None = None,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         """Check the options before anything runs.
 
+        Args:
+            source: The pipeline and its prompts.
+            store: Keeps all that is found.
+            options: How to search.
+            progress: Shows what happens.
+            elsewhere: Where policies are evaluated; by default in this process, where a generation
+                that hangs cannot be ended.
+
         Raises:
-            UsageFault: The quality floors are malformed, or name a metric that cannot be used.
+            UsageFault: The quality floors are malformed, or name a metric that cannot be used; or
+                workers are asked for and the database cannot be shared.
         """
+        if elsewhere is not None and elsewhere.workers:
+            require_shared(store.jobs)
+        self.elsewhere = elsewhere
         self.source = source
         self.store = store
         self.options = options
@@ -137,7 +157,7 @@ class Session:
         if handing and not space.hands_over:
             self.notes.append("the hand-off is left out: the scheduler tells no noise levels")
         study = self._study(found, space)
-        trials = self._search(study, space, storage_url)
+        trials = self._search(study, found, space, storage_url)
         confirmation = self._confirm(study, trials, space)
         policy_file = self._save(found, confirmation)
         frames = self._frames(policy_file)
@@ -217,10 +237,10 @@ class Session:
         self.store.save_study(study)
         return study
 
-    def _search(self, study: Study, space: Space, storage_url: str) -> list[Trial]:
+    def _search(self, study: Study, found: Profile, space: Space, storage_url: str) -> list[Trial]:
         options = self.options
-        search = Search(study.name, space, self.evaluator, self._search_cases(), options.seed)
-        search.open(storage_url, self.store)
+        cases = self._search_cases()
+        search = Search(study.name, space, self.evaluator, cases, options.seed)
         best = 1.0
 
         def show(trial: Trial, count: int) -> None:
@@ -229,8 +249,19 @@ class Session:
                 best = max(best, trial.speedup)
             self.progress.update("search", count, options.trials, f"best {best:.2f}x")
 
-        self.progress.update("search", 0, options.trials, "starting")
-        return search.run(Budget(options.trials, options.search_seconds), show)
+        self.progress.update("search", 0, options.trials, first_note(self.elsewhere, study.name))
+        budget = Budget(options.trials, options.search_seconds)
+        with self._crew(study.name) as crew:
+            origin = self.elsewhere.origin if self.elsewhere is not None else None
+            search.open(storage_url, self.store, crew, origin, limit_s(found, len(cases)))
+            with closing(search):
+                return search.run(budget, show)
+
+    def _crew(self, study: str) -> AbstractContextManager[Crew | None]:
+        """Return who evaluates policies during the search; None is this process."""
+        if self.elsewhere is None:
+            return nullcontext()
+        return crew_of(self.elsewhere, self.store.jobs, study, self.evaluator)
 
     def _confirm(self, study: Study, trials: Sequence[Trial], space: Space) -> Confirmation:
         cases = cases_of(self.source.held_out, self._proof_videos(), _CONFIRM_SEED)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from ditune.accel.pairs import configs_in, require_pair
 from ditune.db.digest import digest_bytes
 from ditune.db.errors import UsageFault
+from ditune.db.records import Origin
 
 PIPELINE_GROUP = "ditune.pipelines"
 PROMPT_CHARACTERS_MAX = 10_000
@@ -115,6 +116,45 @@ def load_folder(
         calibration=tuple(prompts[0::2]),
         held_out=tuple(prompts[1::2]),
     )
+
+
+def load_origin(origin: Origin, device: str | None = None) -> Source:
+    """Load what another process named, without its prompts: those come with each job.
+
+    Args:
+        origin: A registered name, or a folder or hub id.
+        device: Where to, as torch names it; by default it stays where loading puts it.
+
+    Raises:
+        UsageFault: It names nothing, or what it names cannot be loaded here.
+    """
+    if origin.registered is not None:
+        source = registered(origin.registered)
+    elif origin.model is not None:
+        require_loadable(origin.model, PROMPTS_MIN)
+        pipe = _load(origin.model, origin.revision)
+        small = _load(origin.small_model, None, _shared(pipe)) if origin.small_model else None
+        source = FolderSource(origin.model, pipe, small, dict(origin.call), (), ())
+    else:
+        raise UsageFault("a pipeline without a name cannot be loaded: its process has to stay")
+    if device is not None:
+        move(source, device)
+    return source
+
+
+def move(source: Source, device: str) -> None:
+    """Move a source's pipeline and its small model to a device, as torch names it.
+
+    Raises:
+        UsageFault: There is no such device, or it has too little memory.
+    """
+    try:
+        for part in (source.pipe, source.small):
+            if part is not None:
+                part.to(device)
+    except (RuntimeError, AssertionError) as fault:  # torch says either
+        first = str(fault).strip().partition("\n")[0]
+        raise UsageFault(f"{source.name} cannot be moved to {device}: {first}") from fault
 
 
 def require_loadable(model: str, prompts: int) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 from ditune.db.engine import study_storage_url
 from ditune.db.records import Profile, Settings, Study, Trial
 from ditune.db.store import Store
-from ditune.tuner.evaluate import Case, Evaluator
+from ditune.tuner.evaluate import Case, Evaluates, Evaluator
 from ditune.tuner.search import Search, now
 from ditune.tuner.source import prompts_digest
 from ditune.tuner.space import Space
@@ -29,7 +30,7 @@ def settings_of(evaluator: Evaluator, profile: Profile, space: Space, seed: int 
 def searched(
     settings: Settings,
     space: Space,
-    evaluator: Evaluator,
+    evaluator: Evaluates,
     cases: Sequence[Case],
     url: str,
     run: Callable[[Search], list[Trial]],
@@ -49,4 +50,5 @@ def searched(
             store.save_study(Study(name=settings.study, settings=settings, created_at=now()))
         search = Search(settings.study, space, evaluator, cases, seed=settings.seed)
         search.open(study_storage_url(url), store)
-        return run(search)
+        with closing(search):
+            return run(search)

@@ -143,7 +143,8 @@ def test_ctrl_c_saves_and_resuming_goes_on(
 
     out = tmp_path / "out"
     monkeypatch.setattr(Evaluator, "measure", interrupted)
-    code, _, err = run("--trials", "4", "--quality", "psnr>=20", "--out", str(out))
+    asked = ("--trials", "4", "--quality", "psnr>=20", "--in-process", "--out", str(out))
+    code, _, err = run(*asked)
     assert code == 130
     assert "tune run --resume study-" in err
     study = err.split("--resume ")[1].split()[0]

@@ -23,7 +23,7 @@ ReadOnly = Callable[[Path], AbstractContextManager[None]]
         ("plain", "sqlite:///plain.study.db"),
         (
             "postgresql+psycopg://u:p@host/db",
-            "postgresql+psycopg://u:p@host/db?options=-csearch_path%3Dditune_study",
+            "postgresql+psycopg://u:p@host/db?options=-csearch_path%3Dditune_study+-csynchronous_commit%3Doff",
         ),
     ],
 )
@@ -35,7 +35,10 @@ def test_options_of_a_server_are_kept() -> None:
     url = parse_url(
         study_storage_url("postgresql://host/db?options=-cwork_mem=64MB&sslmode=require")
     )
-    assert url.query["options"] == "-cwork_mem=64MB -csearch_path=ditune_study"
+    assert (
+        url.query["options"]
+        == "-cwork_mem=64MB -csearch_path=ditune_study -csynchronous_commit=off"
+    )
     assert url.query["sslmode"] == "require"
 
 

@@ -15,7 +15,7 @@ from sqlalchemy.pool import NullPool
 
 from ditune.db import migrate, readonly
 from ditune.db.errors import CorruptData, UsageFault
-from ditune.db.records import PolicyFile
+from ditune.db.records import PolicyFile, Study
 from ditune.db.schema import Schema
 from ditune.db.store import Store
 
@@ -28,7 +28,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "9.0.0"
-down_revision = "0.1.0"
+down_revision = "0.2.0"
 
 
 def upgrade():
@@ -82,7 +82,7 @@ def test_migrations_and_tables_agree(filled: Path, tmp_path: Path) -> None:
 
 
 def test_the_light_reader_reads_this_schema() -> None:
-    assert migrate.newest() == readonly.REVISION
+    assert migrate.newest() == readonly.REVISIONS[-1]
 
 
 @pytest.mark.parametrize(
@@ -151,6 +151,40 @@ def test_another_programs_database_is_left_alone(database: Path) -> None:
     with pytest.raises(UsageFault, match=r"another program \(it has recipes"):
         Store.open(str(database))
     assert list(tables_of(database)) == ["recipes"]
+
+
+@pytest.fixture
+def of_0_1_0(filled: Path) -> Path:
+    """Return a database as release 0.1.0 left it: without the two tables that came after."""
+    with closing(sqlite3.connect(filled)) as raw:
+        raw.executescript(
+            f"DROP TABLE job; DROP TABLE search; UPDATE {VERSION_TABLE} SET version_num = '0.1.0'"
+        )
+    return filled
+
+
+def test_a_database_of_0_1_0_is_read_at_once_and_written_after_an_upgrade(
+    of_0_1_0: Path, make_file: MakeFile, study: Study
+) -> None:
+    wanted = make_file()
+    found = readonly.find(of_0_1_0, wanted.hardware, wanted.software, wanted.workload)
+    assert found.policy_id == wanted.policy_id
+    with pytest.raises(CorruptData, match=r"ditune 0\.1\.0, this release needs 0\.2\.0"):
+        Store.open(str(of_0_1_0))
+    assert migrate.upgrade(str(of_0_1_0)) is not None
+    with Store.open(str(of_0_1_0)) as store:
+        assert [wanted] == store.policies()
+        store.save_study(study)
+        store.jobs.begin(study.name)
+        assert store.jobs.counts(study.name) == (0, 0)
+
+
+def test_a_server_gets_the_same_tables(server_database: str) -> None:
+    Store.open(server_database).close()
+    engine = create_engine(server_database, poolclass=NullPool)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
+        assert compare_metadata(context, Schema.metadata) == []
 
 
 # --- upgrade and copies ----------------------------------------------------------------------

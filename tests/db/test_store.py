@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import create_engine, event, text
-from sqlalchemy.pool import NullPool, Pool
+from sqlalchemy import event
+from sqlalchemy.pool import Pool
 from tests.db.conftest import file_of
 
 from ditune.db import engine as engines
@@ -28,21 +28,11 @@ from ditune.db.store import Store
 
 MakeFile = Callable[..., PolicyFile]
 ROOT = Path(__file__).resolve().parents[2]
-SERVER = "DITUNE_TEST_POSTGRES"
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    if request.param == "sqlite":
-        url = str(tmp_path / "policies.db")
-    elif SERVER in os.environ:
-        url = os.environ[SERVER]
-        with create_engine(url, poolclass=NullPool).begin() as connection:
-            connection.execute(text("DROP SCHEMA public CASCADE"))
-            connection.execute(text("CREATE SCHEMA public"))
-    else:
-        pytest.skip(f"needs the URL of a PostgreSQL database in {SERVER}")
-    with Store.open(url, artifacts=tmp_path / "files") as opened:
+@pytest.fixture
+def store(any_database: str, tmp_path: Path) -> Iterator[Store]:
+    with Store.open(any_database, artifacts=tmp_path / "files") as opened:
         yield opened
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from ditune.accel.apply import Summary
 from ditune.db.policy import MaskCache, Policy
-from ditune.db.records import Quality, Trial
+from ditune.db.records import Evidence, Quality, Trial
 from ditune.tuner.confirm import Confirmation, Listed, Proof, Provenance, confirm, missed
 from ditune.tuner.evaluate import Case, Outcome
 from ditune.tuner.quality import parse_constraints
@@ -68,10 +68,15 @@ def run(script: dict[int, tuple[list[float], float]]) -> tuple[Scripted, Confirm
     return evaluator, confirm(proof, Listed([trial(n).policy for n in script]), ORIGIN)
 
 
+def evidence_of(found: Confirmation) -> Evidence:
+    assert found.evidence is not None
+    return found.evidence
+
+
 def test_the_first_candidate_that_holds_ships_with_its_own_figures() -> None:
     _, found = run({0: (spread(40), 50.0), 1: (spread(44), 60.0)})
     assert trial(0).policy == found.policy
-    evidence = found.evidence
+    evidence = evidence_of(found)
     assert evidence.candidates == 1
     assert evidence.speedup.n == 12
     assert 1.9 < evidence.speedup.median < 2.0
@@ -84,18 +89,18 @@ def test_the_first_candidate_that_holds_ships_with_its_own_figures() -> None:
 def test_a_candidate_whose_bound_misses_is_passed_over() -> None:
     evaluator, found = run({0: (spread(35.4, 1.0), 40.0), 1: (spread(40), 50.0)})
     assert trial(1).policy == found.policy
-    assert found.evidence.candidates == 2
+    assert evidence_of(found).candidates == 2
     assert "certain only above" in found.reasons[0]
     assert (evaluator.tuned_runs, evaluator.plain_runs) == (12 + 12 + 6, 12 + 6)
-    assert found.evidence.speedup.n == 6
+    assert evidence_of(found).speedup.n == 6
 
 
 def test_each_speedup_rests_on_pairs_of_that_candidate() -> None:
     early = [40.0] * 5 + [26.0] * 7  # given up at the sixth prompt
     evaluator, found = run({0: (early, 20.0), 1: (spread(40), 50.0)})
     assert (evaluator.tuned_runs, evaluator.plain_runs) == (6 + 12, 12)
-    assert 1.9 < found.evidence.speedup.median < 2.0
-    assert found.evidence.speedup.n == 6
+    assert 1.9 < evidence_of(found).speedup.median < 2.0
+    assert evidence_of(found).speedup.n == 6
 
 
 def test_a_bad_candidate_is_given_up_early() -> None:

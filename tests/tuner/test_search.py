@@ -5,18 +5,23 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 
 from ditune.accel.apply import Summary
-from ditune.db.policy import Handoff, MaskCache, Policy
+from ditune.db.engine import study_storage_url
+from ditune.db.policy import Action, Handoff, MaskCache, Policy
 from ditune.db.records import (
     Hardware,
     LayerTiming,
     Profile,
+    Settings,
     Software,
     StepRedundancy,
+    Study,
     Trial,
     Workload,
 )
+from ditune.db.store import Store
 from ditune.tuner.evaluate import Case, Outcome
 from ditune.tuner.pace import candidates
 from ditune.tuner.quality import parse_constraints
@@ -31,6 +36,7 @@ from ditune.tuner.search import (
 from ditune.tuner.space import Space
 
 STEPS = 20
+STUDY = "study-1"
 FLOORS = parse_constraints("psnr>=35,psnr_worst>=27")
 
 
@@ -102,6 +108,7 @@ class ScriptedEvaluator:
     """Answers from a formula and counts its calls: quality falls with the share of reused steps."""
 
     constraints = FLOORS
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -135,30 +142,34 @@ class ScriptedEvaluator:
         return Outcome(case, {"psnr": psnr}, 100.0 / ratio, 100.0 if paired else None, summary)
 
 
-class MemoryStore:
-    """A store in a dictionary."""
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """Return a store that knows the study."""
+    found = profile()
+    settings = Settings(
+        hardware=found.hardware,
+        software=found.software,
+        workload=found.workload,
+        constraints=FLOORS,
+        prompts_digest="sha256:" + "c" * 64,
+        seed=0,
+        space="sha256:" + "d" * 64,
+    )
+    with Store.open(str(tmp_path / "ours.db")) as opened:
+        opened.save_study(Study(name=STUDY, settings=settings, created_at="2026-01-01T00:00:00Z"))
+        yield opened
 
-    def __init__(self) -> None:
-        self.kept: dict[str, Trial] = {}
 
-    def save_trial(self, trial: Trial) -> None:
-        self.kept[trial.uuid] = trial
-
-    def trials(self, study: str) -> list[Trial]:
-        return sorted((t for t in self.kept.values() if t.study == study), key=lambda t: t.number)
-
-
-def search(store: MemoryStore, url: str) -> tuple[Search, ScriptedEvaluator]:
+def search(store: Store) -> tuple[Search, ScriptedEvaluator]:
     evaluator = ScriptedEvaluator()
     cases = [Case("a", 0), Case("b", 1), Case("c", 2)]
-    found = Search("study-1", Space(profile(), handoff=False), evaluator, cases, seed=0)  # type: ignore[arg-type]
-    found.open(url, store)
+    found = Search(STUDY, Space(profile(), handoff=False), evaluator, cases, seed=0)  # type: ignore[arg-type]
+    found.open(study_storage_url(store.where), store)
     return found, evaluator
 
 
-def test_baseline_comes_first_and_the_search_finds_something_faster(tmp_path: Path) -> None:
-    store = MemoryStore()
-    found, _ = search(store, f"sqlite:///{tmp_path}/study.db")
+def test_baseline_comes_first_and_the_search_finds_something_faster(store: Store) -> None:
+    found, _ = search(store)
     trials = found.run(Budget(trials=14), lambda *_: None)
     assert [t.source for t in trials[:2]] == ["baseline", "prior"]
     assert [t.source for t in trials].count("default") == 1
@@ -169,11 +180,12 @@ def test_baseline_comes_first_and_the_search_finds_something_faster(tmp_path: Pa
     assert all(t.feasible for t in best)
 
 
-def test_an_explicit_mask_is_tried_as_it_stands(tmp_path: Path) -> None:
-    cache = MaskCache(actions=("full", *["step"] * 7, "full", *["step"] * 11))
-    store = MemoryStore()
-    found, evaluator = search(store, f"sqlite:///{tmp_path}/study.db")
-    found._enqueue(found.space.explicit(cache))
+def test_an_explicit_mask_is_tried_as_it_stands(store: Store) -> None:
+    reused: list[Action] = ["step"] * 9
+    cache = MaskCache(actions=("full", *reused, "full", *reused))
+    found, evaluator = search(store)
+    proposal = found.space.explicit(cache)
+    found._ladders.next = lambda done: proposal if len(done) == 1 else None  # type: ignore[method-assign]
     found.run(Budget(trials=2), lambda *_: None)
     assert [t.policy for t in store.trials("study-1")] == [Policy(), Policy(cache=cache)]
     assert evaluator.calls == [Policy(cache=cache).id]
@@ -182,45 +194,42 @@ def test_an_explicit_mask_is_tried_as_it_stands(tmp_path: Path) -> None:
     assert (told["order"], told["form"]) == (1, "output")
 
 
-def test_a_policy_is_never_measured_twice(tmp_path: Path) -> None:
-    store = MemoryStore()
-    found, evaluator = search(store, f"sqlite:///{tmp_path}/study.db")
+def test_a_policy_is_never_measured_twice(store: Store) -> None:
+    found, evaluator = search(store)
     trials = found.run(Budget(trials=14), lambda *_: None)
     assert len(set(evaluator.calls)) == len(evaluator.calls) == 13  # the first one is plain
     assert len({trial.policy.id for trial in trials}) == 14
 
 
-def test_a_sampler_that_repeats_itself_spends_no_budget(tmp_path: Path) -> None:
-    found, evaluator = search(MemoryStore(), f"sqlite:///{tmp_path}/study.db")
-    found._propose = lambda done: found._enqueue(found.space.prior(7))  # type: ignore[method-assign]
+def test_a_sampler_that_repeats_itself_spends_no_budget(store: Store) -> None:
+    found, evaluator = search(store)
+    found._proposed = lambda done: found.space.prior(7) if done else found.space.baseline()  # type: ignore[method-assign]
     trials = found.run(Budget(trials=5), lambda *_: None)
     assert [trial.number for trial in trials] == [0, 1]  # plain, and the one that is asked for
     assert len(evaluator.calls) == 1
 
 
-def test_every_told_trial_carries_all_its_constraints(tmp_path: Path) -> None:
-    store = MemoryStore()
-    found, _ = search(store, f"sqlite:///{tmp_path}/study.db")
+def test_every_told_trial_carries_all_its_constraints(store: Store) -> None:
+    found, _ = search(store)
     found.run(Budget(trials=10), lambda *_: None)
     for trial in found.study.trials:
         if trial.state == optuna.trial.TrialState.COMPLETE:
             assert {"psnr", "psnr_worst"} == set(trial.constraints)
 
 
-def test_a_resumed_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    store, url = MemoryStore(), f"sqlite:///{tmp_path}/study.db"
-    first, _ = search(store, url)
+def test_a_resumed_study_goes_on_where_it_stopped(store: Store) -> None:
+    first, _ = search(store)
     first.run(Budget(trials=4), lambda *_: None)
     first.study.ask()  # a process that died in the middle of a trial
-    second, evaluator = search(store, url)
+    second, evaluator = search(store)
     trials = second.run(Budget(trials=9), lambda *_: None)
     assert len(trials) == 9
     assert len(evaluator.calls) <= 5
     assert not second.study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
 
 
-def test_no_time_left_means_no_trial(tmp_path: Path) -> None:
-    found, evaluator = search(MemoryStore(), f"sqlite:///{tmp_path}/study.db")
+def test_no_time_left_means_no_trial(store: Store) -> None:
+    found, evaluator = search(store)
     assert found.run(Budget(trials=5, seconds=0.0), lambda *_: None) == []
     assert not evaluator.calls
 

@@ -15,11 +15,14 @@ from ditune.cli.display import RunDisplay, print_result
 from ditune.db.errors import DituneError, NoFeasiblePolicy, UsageFault
 
 if TYPE_CHECKING:
+    from ditune.tuner.elsewhere import Elsewhere
     from ditune.tuner.session import Options, Result
     from ditune.tuner.source import Source
 
-_RESUMED = ("model", "small_model", "prompts", "quality", "out", "junit", "db")
+_RESUMED = ("model", "small_model", "prompts", "quality", "device", "out", "junit", "db")
 _RESUMED_INTEGERS = ("trials", "seed", "steps", "height", "width", "frames")
+_RESUMED_NUMBERS = ("guidance", "time_limit", "memory_limit")
+_RESUMED_SWITCHES = ("miniature", "in_process", "workers")
 
 
 class Interrupted(DituneError):
@@ -48,6 +51,7 @@ def run(
     width: sources.Width = None,
     frames: sources.Frames = None,
     guidance: sources.Guidance = None,
+    device: sources.Device = None,
     db: sources.Database = None,
     out: Annotated[
         Path, typer.Option("--out", help="Folder for the policy file and the report.")
@@ -58,9 +62,21 @@ def run(
     junit: Annotated[
         Path | None, typer.Option("--junit", help="Also write the floors as JUnit tests.")
     ] = None,
+    in_process: Annotated[
+        bool,
+        typer.Option("--in-process", help="Evaluate in this process, where a hang hangs all."),
+    ] = False,
+    workers: Annotated[
+        bool,
+        typer.Option("--workers", help="Let tune worker processes evaluate; needs PostgreSQL."),
+    ] = False,
+    memory_limit: sources.MemoryLimit = None,
     json_output: sources.Json = False,
 ) -> None:
     """Profile a pipeline, search a policy, prove it on unseen prompts, save it and report.
+
+    Policies are evaluated in a process of their own, which is ended when it hangs or takes too much
+    memory; with --workers, by any number of tune worker processes on machines like this one.
 
     Exit codes: 0 found, 2 something to correct, 4 no policy holds the floors, 130 interrupted.
     """
@@ -78,9 +94,13 @@ def run(
         "width": width,
         "frames": frames,
         "guidance": guidance,
+        "device": device,
         "db": db,
         "out": str(out),
         "junit": str(junit) if junit else None,
+        "in_process": in_process,
+        "workers": workers,
+        "memory_limit": memory_limit,
     }
     if resume is not None:
         asked = _arguments_of(resume, db)
@@ -96,6 +116,8 @@ def _checked(asked: Mapping[str, Any]) -> Callable[[], Source]:
     """
     from ditune.tuner.quality import parse_constraints
 
+    if asked["in_process"] and asked["workers"]:
+        raise UsageFault("--in-process and --workers exclude each other: leave one of them out")
     if asked["quality"] is not None:
         parse_constraints(asked["quality"])
     return _source(asked)
@@ -135,7 +157,7 @@ def _run(
     url = sources.database_url(asked["db"])
     with Store.open(url) as store, RunDisplay(quiet=json_output) as display:
         source = load()
-        session = Session(source, store, _options(asked), display)
+        session = Session(source, store, _options(asked), display, _elsewhere(asked))
         session.expected_study = resume
         try:
             result = session.run(study_storage_url(url))
@@ -148,13 +170,36 @@ def _run(
         raise NoFeasiblePolicy(f"no policy holds {floors}: {result.best_seen()}")
 
 
-def _source(asked: Mapping[str, Any]) -> Callable[[], Source]:
+def _call(asked: Mapping[str, Any]) -> dict[str, Any]:
     given = [asked[name] for name in ("steps", "height", "width", "frames", "guidance")]
-    call = sources.call_arguments(*given)
+    return sources.call_arguments(*given)
+
+
+def _elsewhere(asked: Mapping[str, Any]) -> Elsewhere | None:
+    """Return where policies are evaluated, None for this process."""
+    from ditune.tuner.elsewhere import Elsewhere
+
+    if asked["in_process"]:
+        return None
+    origin = sources.origin_of(asked["model"], asked["small_model"], _call(asked))
+    limits = sources.limits_of(asked["memory_limit"])
+    return Elsewhere(origin, asked["device"], asked["workers"], limits)
+
+
+def _source(asked: Mapping[str, Any]) -> Callable[[], Source]:
     prompts = Path(asked["prompts"]) if asked["prompts"] else None
-    return sources.source_loader(
-        asked["model"], asked["miniature"], asked["small_model"], prompts, call
+    load = sources.source_loader(
+        asked["model"], asked["miniature"], asked["small_model"], prompts, _call(asked)
     )
+    return lambda: _moved(load(), asked["device"])
+
+
+def _moved(source: Source, device: str | None) -> Source:
+    from ditune.tuner.source import move
+
+    if device is not None:
+        move(source, device)
+    return source
 
 
 def _options(asked: dict[str, Any]) -> Options:
@@ -185,9 +230,8 @@ def _arguments_of(study_name: str, db: str | None) -> dict[str, Any]:
     kept = known[study_name].arguments
     asked: dict[str, Any] = {name: kept.get(name) for name in _RESUMED}
     asked |= {name: int(kept[name]) if name in kept else None for name in _RESUMED_INTEGERS}
-    asked["miniature"] = kept.get("miniature") == "True"
-    asked["guidance"] = float(kept["guidance"]) if "guidance" in kept else None
-    asked["time_limit"] = float(kept["time_limit"]) if "time_limit" in kept else None
+    asked |= {name: float(kept[name]) if name in kept else None for name in _RESUMED_NUMBERS}
+    asked |= {name: kept.get(name) == "True" for name in _RESUMED_SWITCHES}
     asked["db"] = db or kept.get("db")
     return asked
 

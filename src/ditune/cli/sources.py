@@ -16,6 +16,8 @@ from ditune.accel.lookup import default_database
 from ditune.db.errors import UsageFault
 
 if TYPE_CHECKING:
+    from ditune.db.records import Origin
+    from ditune.tuner.child import Limits
     from ditune.tuner.source import Source
 
 Model = Annotated[
@@ -40,6 +42,19 @@ Height = Annotated[int | None, typer.Option("--height", min=1, help="Pixels.")]
 Width = Annotated[int | None, typer.Option("--width", min=1, help="Pixels.")]
 Frames = Annotated[int | None, typer.Option("--frames", min=1, help="Video frames.")]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance scale.")]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help='Where to run, such as "cuda:1" (default: where it loads).'),
+]
+MemoryLimit = Annotated[
+    float | None,
+    typer.Option(
+        "--memory-limit",
+        min=0.1,
+        metavar="GIB",
+        help="Memory that an evaluation may take (default: 90 % of the machine's).",
+    ),
+]
 
 
 def call_arguments(
@@ -109,6 +124,33 @@ def source_loader(
     source.require_loadable(model, len(lines))
     folder, given = model, lines
     return _quietly(lambda: source.load_folder(folder, given, chosen, small_model=small_model))
+
+
+def origin_of(model: str | None, small_model: str | None, call: Mapping[str, Any]) -> Origin:
+    """Return where another process finds the pipeline that `source_loader` was given.
+
+    Folders are named in full: another process may stand in another folder.
+    """
+    from ditune.db.records import Origin
+
+    def full(name: str | None) -> str | None:
+        return str(Path(name).absolute()) if name and Path(name).exists() else name
+
+    if model is None:
+        return Origin(registered="miniature")
+    chosen = {name: value for name, value in call.items() if value is not None}
+    return Origin(model=full(model), small_model=full(small_model), call=chosen)
+
+
+def limits_of(memory_limit_gib: float | None) -> Limits:
+    """Return what an evaluation in a child may take."""
+    from ditune.tuner.child import Limits
+    from ditune.tuner.elsewhere import host_limit_bytes
+
+    if memory_limit_gib is None:
+        return Limits(host_bytes=host_limit_bytes())
+    most = int(memory_limit_gib * (1 << 30))
+    return Limits(host_bytes=most, device_bytes=most)
 
 
 def _quietly(load: Callable[[], Source]) -> Callable[[], Source]:

@@ -1,0 +1,156 @@
+"""From what an evaluation gave to the trial that is kept: arithmetic over values and floors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ditune.db.records import Constraint, Job, Trial
+from ditune.profiler.statistics import CONFIDENCE, paired_speedup
+from ditune.tuner.quality import counts, lower_bound, summarise
+
+if TYPE_CHECKING:
+    from ditune.tuner.evaluate import Outcome
+
+_MARGIN = 0.8  # confidence of the bound that a mean counts with
+_UNFIT = 1.0  # by how much a policy that cannot run misses each floor, relative to it
+
+
+@dataclass(frozen=True)
+class Found:
+    """What evaluating a policy gave: each metric's value, case by case, and its speed.
+
+    There are fewer values than cases where it was given up. `unfit` says why it cannot run here;
+    then there are none.
+    """
+
+    values: tuple[dict[str, float], ...]
+    speedup: float = 1.0
+    work_ratio: float = 1.0
+    unfit: str = ""
+
+
+def now() -> str:
+    """Return the time of day as our records hold it."""
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def trial_of(job: Job, found: Found, duration_s: float) -> Trial:
+    """Return the trial that a job ends with.
+
+    A policy that cannot run (too little memory, an error of the pipeline) misses every floor by a
+    finite amount and is as slow as the plain pipeline: a sampler learns to keep away from it, and
+    no value is so extreme that it spoils what it learnt of others.
+    """
+    if found.unfit:
+        rejected, reason = True, f"it cannot run here: {found.unfit}"
+        missed = {constraint.name: _UNFIT for constraint in job.constraints}
+    else:
+        rejected = len(found.values) < len(job.prompts)
+        reason = (hopeless if rejected else missed_for_sure)(job.constraints, found.values)
+        missed = violations(job.constraints, found.values)
+    return Trial(
+        uuid=job.uuid,
+        study=job.study,
+        number=job.number,
+        source=job.source,
+        policy=job.policy,
+        state="rejected" if rejected else "complete",
+        speedup=found.speedup,
+        work_ratio=found.work_ratio,
+        quality=summarise(job.constraints, found.values) if found.values else {},
+        violation=missed,
+        reason=reason or None,
+        duration_s=duration_s,
+        created_at=now(),
+    )
+
+
+def search_speedup(outcomes: Sequence[Outcome]) -> float:
+    """Return the median speedup of the pairs, but no more than the work that was left out allows.
+
+    With few pairs on a shared machine a lucky ratio would otherwise lead the sampler astray. A
+    trial that was given up before its pair is taken to be as fast as its work suggests; blocks of
+    two sizes do not add up, so that a hand-off is then compared with the reference videos.
+    """
+    work_ratio = max(o.summary.work_ratio for o in outcomes)
+    small = any(o.summary.small_forwards for o in outcomes)
+    pairs = [(o.baseline_ms, o.tuned_ms) for o in outcomes if o.baseline_ms is not None]
+    if not pairs and small:
+        pairs = [(o.earlier_ms, o.tuned_ms) for o in outcomes if o.earlier_ms is not None]
+    if not pairs:
+        return work_ratio
+    measured = paired_speedup([b for b, _ in pairs], [t for _, t in pairs]).median
+    return measured if small else min(measured, work_ratio)
+
+
+def violations(
+    constraints: Sequence[Constraint], values: Sequence[Mapping[str, float]]
+) -> dict[str, float]:
+    """Return by how much each constraint is missed, relative to its floor; <= 0 holds it.
+
+    A mean counts with its one-sided 80 % bound: the search leans on every lucky sample that it
+    finds, and a candidate that cannot be confirmed costs videos. Confirmation asks for 95 % of many
+    more prompts; with three, that would be a margin of many decibels. Of metrics that count, the
+    mean itself counts: on a few dozen prompts every difference would fail its bound.
+    """
+    missed = {}
+    for constraint in constraints:
+        scores = [value[constraint.metric] for value in values]
+        if constraint.statistic == "worst":
+            seen = min(scores)
+        elif counts(constraint):
+            seen = float(np.mean(scores))
+        else:
+            seen = lower_bound(constraint, scores, _MARGIN)
+        missed[constraint.name] = (constraint.floor - seen) / max(abs(constraint.floor), 1e-3)
+    return missed
+
+
+def hopeless(constraints: Sequence[Constraint], values: Sequence[Mapping[str, float]]) -> str:
+    """Return why a trial cannot hold its floors whatever comes, empty if it still can.
+
+    A worst prompt below its floor cannot be undone. A mean is given up after two prompts that both
+    miss it by a tenth, or, where the metric counts, once its upper bound misses it.
+    """
+    for constraint in constraints:
+        scores = [value[constraint.metric] for value in values]
+        if constraint.statistic == "worst" and min(scores) < constraint.floor:
+            return f"{constraint.name}: a prompt gave {min(scores):.3g}, below {constraint.floor:g}"
+        if constraint.statistic == "worst":
+            continue
+        most, lost = max(scores), constraint.floor - 0.1 * abs(constraint.floor)
+        if counts(constraint):
+            most, lost = _most(constraint, scores, CONFIDENCE), constraint.floor
+        if len(scores) >= 2 and most < lost:
+            return f"{constraint.name}: {len(scores)} prompts stay below {lost:.3g}"
+    return ""
+
+
+def missed_for_sure(
+    constraints: Sequence[Constraint], values: Sequence[Mapping[str, float]]
+) -> str:
+    """Return which floor a complete trial misses, empty if none or if it may have been unlucky.
+
+    Of a metric that counts, a few dozen videos say little: a policy without any loss misses its
+    floor every fourth time. So that a search does not turn away from it, the 80 % bound of what it
+    may give has to miss.
+    """
+    missed = violations(constraints, values)
+    for constraint in constraints:
+        if missed[constraint.name] <= 0:
+            continue
+        scores = [value[constraint.metric] for value in values]
+        unlucky = constraint.statistic == "mean" and counts(constraint)
+        if not unlucky or _most(constraint, scores, _MARGIN) < constraint.floor:
+            return f"{constraint.name}: {len(scores)} prompts miss {constraint.floor:g}"
+    return ""
+
+
+def _most(constraint: Constraint, scores: Sequence[float], confidence: float) -> float:
+    """Return the one-sided upper bound of a metric's mean."""
+    return -lower_bound(constraint, [-score for score in scores], confidence)
