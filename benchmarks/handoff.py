@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.judged import Judged, decides, name_of
+from benchmarks.judged import Difference, Judged, decides, name_of
 from benchmarks.resumed import require_same
 from benchmarks.rows import Benchmark, Row, main
 from rich.console import Console
@@ -28,12 +28,13 @@ from ditune.db.records import Trial
 from ditune.miniature.system import MiniatureSource
 from ditune.profiler.record import record
 from ditune.profiler.statistics import counts_lower_bound, paired_speedup
-from ditune.tuner.confirm import missed
+from ditune.tuner.confirm import Candidates, Listed, Looked, missed
+from ditune.tuner.contenders import Narrowed
 from ditune.tuner.evaluate import Case, Evaluator, cases_of
 from ditune.tuner.handoffs import edge, small_steps, switched
 from ditune.tuner.measurements import Measurement, Measurements
 from ditune.tuner.pace import Pace, candidates
-from ditune.tuner.quality import parse_constraints
+from ditune.tuner.quality import parse_constraints, summarise
 from ditune.tuner.search import Budget
 from ditune.tuner.space import Space
 from ditune.tuner.studies import searched, settings_of
@@ -92,6 +93,10 @@ class Found:
     def of_kind(self, kind: str) -> list[Policy]:
         """Return those of one family."""
         return [policy for policy in self.policies if kind_of(policy) == kind]
+
+    def candidates(self, kind: str) -> Candidates:
+        """Return what the proof of a family looks at."""
+        return Narrowed(self.of_kind(kind), self.sigmas)
 
 
 class Comparison:
@@ -153,19 +158,24 @@ class Comparison:
         """Return what judges videos; the pipeline moves to the device."""
         return Judged(self.source, self.log, self._device, self._say)
 
-    def proved(self, name: str, policies: Sequence[Policy], judged: Judged) -> Policy | None:
-        """Return the first of some policies that is proved to hold the floors."""
-        for policy in policies:
-            reason = ""
-            for seen in (*(look for look in _LOOKS if look < len(self.proof)), len(self.proof)):
-                values = judged.differences(policy, self.proof[:seen])
-                reason = missed(self.floors, values, len(self.proof) - seen)
-                if reason:
-                    break
+    def proved(self, name: str, candidates: Candidates, judged: Judged) -> Policy | None:
+        """Return the last of some candidates that is proved to hold the floors: the fastest."""
+        looked: list[Looked] = []
+        while (policy := candidates.next(looked)) is not None:
+            looked.append(self._look(policy, judged))
+            reason = looked[-1].reason
             self._say(f"{name}: {name_of(policy)} {f'fails: {reason}' if reason else 'holds'}")
-            if not reason:
-                return policy
-        return None
+        return next((each.policy for each in reversed(looked) if not each.reason), None)
+
+    def _look(self, policy: Policy, judged: Judged) -> Looked:
+        values: Sequence[Difference] = ()
+        reason = ""
+        for seen in (*(look for look in _LOOKS if look < len(self.proof)), len(self.proof)):
+            values = judged.differences(policy, self.proof[:seen])
+            reason = missed(self.floors, values, len(self.proof) - seen)
+            if reason:
+                break
+        return Looked(policy, values, summarise(self.floors, values), reason)
 
     def rival(
         self,
@@ -179,7 +189,7 @@ class Comparison:
             if may_hold(policy):
                 self._say(f"{name}: {name_of(policy)} is slower than ours, and taken to hold")
                 return policy
-            if self.proved(name, [policy], judged) is not None:
+            if self.proved(name, Listed([policy]), judged) is not None:
                 return policy
         return None
 
@@ -244,7 +254,7 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
     chosen = {
         kind: policy
         for kind in (_CACHE, _HANDOFF, _JOINT)
-        if (policy := compared.proved(kind, found.of_kind(kind), judged)) is not None
+        if (policy := compared.proved(kind, found.candidates(kind), judged)) is not None
     }
     for policy in chosen.values():
         judged.differences(policy, compared.held_out)

@@ -8,12 +8,50 @@ from ditune.db.policy import Policy
 from ditune.db.records import Constraint, Trial
 from ditune.tuner.confirm import Candidates, Listed, Looked
 from ditune.tuner.frontier import Frontier, Glimpse, foreseeable, spreads
+from ditune.tuner.handoffs import large_window, switched
 from ditune.tuner.pace import candidates
 from ditune.tuner.quality import counts
 from ditune.tuner.space import Space
 
 _WORTH = 0.01  # of the speedup: for less, no further candidate is looked at
 _MORE_OF_COUNTS = 3  # times as many candidates: a few videos say little of what counts
+
+
+class Narrowed:
+    """Some policies, the fastest first, then the hand-offs between what held and what did not.
+
+    A ladder leaves steps of a fifth between its levels, because a few dozen videos cannot tell
+    closer ones apart; the proof can.
+    """
+
+    def __init__(self, policies: Sequence[Policy], sigmas: Sequence[float]) -> None:
+        """Take the policies.
+
+        Args:
+            policies: The fastest first.
+            sigmas: Noise level of each step.
+        """
+        self._listed = Listed(policies)
+        self._sigmas = sigmas
+
+    def next(self, looked: Sequence[Looked]) -> Policy | None:
+        """Return the next one; once one held, half of the way to the nearest that did not."""
+        held = [each.policy for each in looked if not each.reason]
+        if not held:
+            return self._listed.next(looked)
+        best = large_window(held[-1], self._sigmas)
+        windows = (large_window(e.policy, self._sigmas) for e in looked if e.reason)
+        missed = [window for window in windows if window is not None]
+        if best is None:
+            return None
+        ends = max((len(w) for w in missed if w.stop == best.stop), default=0)
+        starts = max((len(w) for w in missed if w.start == best.start), default=0)
+        for fewer, at_end in ((ends, True), (starts, False)):
+            middle = (len(best) + fewer) // 2
+            if 0 < fewer < middle < len(best):
+                head_steps = best.stop - middle if at_end else best.start
+                return Policy(handoff=switched(self._sigmas, middle, head_steps=head_steps))
+        return None
 
 
 class Foreseen:
@@ -79,4 +117,5 @@ def to_prove(
         return Foreseen(space, trials, proof_prompts, most)
     if any(map(counts, constraints)):
         most *= _MORE_OF_COUNTS
-    return Listed([trial.policy for trial in candidates(trials, most, space.sigmas)])
+    policies = [trial.policy for trial in candidates(trials, most, space.sigmas)]
+    return Narrowed(policies, space.sigmas)

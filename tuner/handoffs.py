@@ -9,7 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ditune.db.policy import MAX_SIGMA, AdaptiveHandoff, BandedHandoff, Handoff, HandoffPolicy
+from ditune.db.policy import (
+    MAX_SIGMA,
+    AdaptiveHandoff,
+    BandedHandoff,
+    Handoff,
+    HandoffPolicy,
+    Policy,
+)
 
 _PLATEAU = 0.25  # of the way from the smallest to the greatest disagreement
 
@@ -80,6 +87,16 @@ def small_steps(handoff: HandoffPolicy | None, sigmas: Sequence[float]) -> list[
     if handoff is None or isinstance(handoff, AdaptiveHandoff):
         return []
     return [step for step, sigma in enumerate(sigmas) if handoff.takes(sigma)]
+
+
+def large_window(policy: Policy, sigmas: Sequence[float]) -> range | None:
+    """Return the steps of the large model in a hand-off without a cache, if they lie together."""
+    small = set(small_steps(policy.handoff, sigmas))
+    large = [step for step in range(len(sigmas)) if step not in small]
+    together = bool(large) and len(large) == large[-1] - large[0] + 1
+    if policy.cache is not None or not small or not together:
+        return None
+    return range(large[0], large[-1] + 1)
 
 
 def first_guess(disagreement: Sequence[float]) -> int | None:

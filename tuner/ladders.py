@@ -17,7 +17,7 @@ from ditune.db.policy import MaskCache, Policy
 from ditune.db.records import Trial
 from ditune.tuner.budgets import Bracket, bracket, next_level
 from ditune.tuner.frontier import foreseeable, proposed
-from ditune.tuner.handoffs import first_guess, latest, small_steps
+from ditune.tuner.handoffs import first_guess, large_window, latest
 from ditune.tuner.space import EARLY, Proposal, Space
 
 # how many steps more than held, and the place in EARLY
@@ -207,13 +207,7 @@ class Ladders:
         return len(window) if bounds.stop in (None, window.stop) else None
 
     def _alone(self, policy: Policy) -> range | None:
-        """Return the steps of the large model beside no cache, if they lie together."""
-        small = set(small_steps(policy.handoff, self._space.sigmas))
-        large = [step for step in range(self._space.steps) if step not in small]
-        together = bool(large) and len(large) == large[-1] - large[0] + 1
-        if policy.cache is not None or not small or not together:
-            return None
-        return range(large[0], large[-1] + 1)
+        return large_window(policy, self._space.sigmas)
 
 
 def _computed(policy: Policy) -> int | None:

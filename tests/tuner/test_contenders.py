@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from tests.tuner.test_frontier import (
     FLOOR_DB,
@@ -15,10 +17,11 @@ from tests.tuner.test_frontier import (
 )
 from tests.tuner.test_search import prior, profile
 
-from ditune.db.policy import MaskCache, Policy
+from ditune.db.policy import Action, MaskCache, Policy
 from ditune.db.records import Constraint, Trial
-from ditune.tuner.confirm import Listed, Looked
-from ditune.tuner.contenders import Foreseen, to_prove
+from ditune.tuner.confirm import Looked
+from ditune.tuner.contenders import Foreseen, Narrowed, to_prove
+from ditune.tuner.handoffs import large_window, switched
 from ditune.tuner.quality import parse_constraints
 from ditune.tuner.space import Space
 
@@ -79,7 +82,7 @@ def test_what_cannot_be_foreseen_is_listed_fastest_first() -> None:
 
     def first(constraints: tuple[Constraint, ...], most: int) -> list[int]:
         candidates = to_prove(trials, plain, constraints, PROOF_PROMPTS, most)
-        assert isinstance(candidates, Listed)
+        assert isinstance(candidates, Narrowed)
         seen: list[Looked] = []
         while (policy := candidates.next(seen)) is not None:
             seen.append(Looked(policy, [], {}, "missed"))
@@ -88,3 +91,44 @@ def test_what_cannot_be_foreseen_is_listed_fastest_first() -> None:
     assert first(FLOORS, 2) == [5, 4]
     counting = parse_constraints("judge_digit>=-0.03")
     assert first(counting, 1) == [5, 4, 3]  # three times as many
+
+
+SIGMAS = [1.0 - step / 50 for step in range(50)]
+
+
+def window(start: int, stop: int) -> Policy:
+    return Policy(handoff=switched(SIGMAS, stop - start, head_steps=start))
+
+
+def narrowed(listed: list[Policy], holds: Callable[[range], bool]) -> list[range | None]:
+    """Return the windows of all looks of a proof in which some windows hold."""
+    candidates = Narrowed(listed, SIGMAS)
+    seen: list[Looked] = []
+    while (policy := candidates.next(seen)) is not None:
+        large = large_window(policy, SIGMAS)
+        passed = large is not None and holds(large)
+        seen.append(Looked(policy, [], {}, "" if passed else "missed"))
+    return [large_window(each.policy, SIGMAS) for each in seen]
+
+
+def test_the_proof_closes_the_gap_that_a_ladder_left() -> None:
+    levels = [window(50 - n, 50) for n in (9, 14, 21)]
+    seen = narrowed(levels, lambda large: len(large) >= 12)
+    assert seen == [range(41, 50), range(36, 50), range(39, 50), range(38, 50)]
+
+
+def test_an_end_that_was_given_up_is_narrowed_from_where_it_begins() -> None:
+    levels = [window(36, 41), window(36, 45)]
+    seen = narrowed(levels, lambda large: len(large) >= 7)
+    assert seen == [range(36, 41), range(36, 45), range(36, 43), range(36, 42)]
+    switches = [window(0, 5), window(0, 9)]
+    assert narrowed(switches, lambda large: len(large) >= 6)[2:] == [range(7), range(6)]
+
+
+def test_nothing_lies_between_others() -> None:
+    reused: list[Action] = ["step"] * 9
+    cache = Policy(cache=MaskCache(actions=("full", *reused)))
+    one_end, other = window(41, 50), window(10, 20)
+    assert narrowed([cache, one_end], lambda large: True) == [None, range(41, 50)]
+    assert len(narrowed([one_end, other], lambda large: len(large) == 10)) == 2
+    assert len(narrowed([one_end], lambda large: False)) == 1
