@@ -152,7 +152,8 @@ class Comparison:
 
     def _show(self, trial: Trial, count: int) -> None:
         held = "holds" if trial.feasible else f"misses {trial.reason or trial.violation}"
-        self._say(f"trial {count} of {self.sizes.trials}: {trial.speedup:.2f}x, {held}")
+        speedup = "no result" if trial.speedup is None else f"{trial.speedup:.2f}x"
+        self._say(f"trial {count} of {self.sizes.trials}: {speedup}, {held}")
 
     def judged(self) -> Judged:
         """Return what judges videos; the pipeline moves to the device."""
