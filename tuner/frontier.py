@@ -27,6 +27,7 @@ from ditune.tuner.surrogate import Seen, Surrogate
 _SPREAD_DB, _SPREAD_WEIGHT = 2.0, 4.0  # between prompts before any is seen; worth so many
 _SAME_SD = 0.5  # dB: what the surrogate cannot know of a mask on given prompts
 _OWN_SHARE, _TRIED_SD = 0.7, 0.25  # of a surprise that is the mask's own; dB that stay unknown
+_GROWTH = 1.4  # of the computed steps, while several are tried at once
 _WHOLE = {"full", "step"}
 _ORDERS = (1, 2, 0)
 
@@ -215,9 +216,10 @@ def proposed(space: Space, trials: Sequence[Trial], proof_prompts: int) -> Propo
         trials: So far.
         proof_prompts: How many prompts the proof will take.
     """
-    if not any(whole_mask(trial.policy) for trial in trials):
-        return space.prior(round(math.sqrt(space.fewest * space.steps)))
     tried = {trial.policy.id for trial in trials}
+    if not any(whole_mask(trial.policy) and trial.quality for trial in trials):
+        firsts = (space.prior(budget) for budget in _first_budgets(space))
+        return next((p for p in firsts if space.policy(p.parameters).id not in tried), None)
     choices = Frontier(space, trials, (), proof_prompts).choices(elsewhere=False)
     known = max((c.speedup for c in choices if c.policy.id in tried and c.chance >= 0.5), default=1)
     fresh = [choice for choice in choices if choice.policy.id not in tried]
@@ -227,11 +229,20 @@ def proposed(space: Space, trials: Sequence[Trial], proof_prompts: int) -> Propo
     return space.explicit(best.policy.cache)
 
 
+def _first_budgets(space: Space) -> Iterator[int]:
+    """Yield how many steps to compute while nothing is known: the middle, then more and more."""
+    budget = round(math.sqrt(space.fewest * space.steps))
+    while budget < space.steps:
+        yield budget
+        budget = max(round(_GROWTH * budget), budget + 1)
+
+
 def foreseeable(space: Space, trials: Sequence[Trial]) -> bool:
     """Whether what masks give can be predicted: errors are known, and all metrics measure them."""
-    if space.schedules is None or space.hands_over or not trials:
+    names = next((t.quality or t.violation for t in trials if t.quality or t.violation), None)
+    if space.schedules is None or space.hands_over or names is None:
         return False
-    return all(in_decibels(_metric(name)) is not None for name in trials[0].quality)
+    return all(in_decibels(_metric(name)) is not None for name in names)
 
 
 def _metric(constraint: str) -> str:

@@ -95,6 +95,8 @@ def test_a_search_is_shared_and_its_workers_leave(
         given += ["--height", "32", "--width", "32", "--frames", "12", "--guidance", "6"]
         given += ["--trials", "5", "--quality", "psnr>=20", "--out", str(tmp_path / "out")]
         code, text, err = tune("run", *given, "--workers", "--db", server_database, "--json")
+        if code:
+            worker.terminate()  # its search will never end
         out, said = worker.communicate()
     assert code == 0, err
     assert json.loads(text)["trials"]["total"] == 5

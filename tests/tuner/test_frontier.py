@@ -174,3 +174,25 @@ def test_nothing_faster_promises_nothing() -> None:
     slower = Choice(Policy(), speedup=2.0, chance=1.0)
     assert slower.promise(2.0) == slower.promise(3.0) == 0.0
     assert slower.promise(1.0) == pytest.approx(np.log(2.0))
+
+
+def test_while_no_mask_has_a_result_the_first_ones_differ(space: Space) -> None:
+    """With several workers masks are asked for before any came back."""
+    trials = [tried(0, Policy(), 100.0)]
+    pending: list[Trial] = []
+    for number in range(1, 4):
+        proposal = proposed(space, [*trials, *pending], PROOF_PROMPTS)
+        assert proposal is not None
+        policy = space.policy(proposal.parameters)
+        imagined = tried(number, policy, 50.0).model_copy(
+            update={"quality": {}, "violation": {"psnr": 1.0, "psnr_worst": 1.0}}
+        )
+        pending.append(imagined)
+    assert foreseeable(space, pending)
+    budgets = [computed(trial.policy) for trial in pending]
+    assert budgets == sorted(set(budgets))
+    first = tried(1, pending[0].policy, 33.0)
+    explicit = proposed(space, [trials[0], first, *pending[1:]], PROOF_PROMPTS)
+    assert explicit is not None
+    assert explicit.policy is not None
+    assert explicit.policy.id not in {trial.policy.id for trial in pending}
