@@ -196,3 +196,17 @@ def test_while_no_mask_has_a_result_the_first_ones_differ(space: Space) -> None:
     assert explicit is not None
     assert explicit.policy is not None
     assert explicit.policy.id not in {trial.policy.id for trial in pending}
+
+
+def test_a_surprise_of_a_mask_is_mostly_its_own(space: Space) -> None:
+    trials = searched(space, 12)
+    surprising = tried(6, trials[6].policy, trials[6].quality["psnr"].mean + 4.0)
+    trials[6] = surprising
+    frontier = Frontier(space, trials, (), PROOF_PROMPTS)
+    cache = surprising.policy.cache
+    assert isinstance(cache, MaskCache)
+    fitted, _ = frontier._surrogates["psnr"].predict([cache])
+    expected, _ = frontier._predicted("psnr", [cache], False)
+    left, missed = surprising.quality["psnr"].mean - np.array([expected[0], fitted[0]])
+    assert missed > 0.3  # the fit does not follow one mask alone
+    assert left < 0.4 * missed
