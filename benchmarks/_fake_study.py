@@ -14,22 +14,12 @@ from typing import Any
 
 import optuna
 import torch
+from benchmarks.simulated import even_profile, settings
 
 from ditune.db.engine import study_storage_url
 from ditune.db.jobs import Jobs, Lease
 from ditune.db.policy import MaskCache
-from ditune.db.records import (
-    Hardware,
-    Job,
-    LayerTiming,
-    Profile,
-    Settings,
-    Software,
-    StepRedundancy,
-    Study,
-    Trial,
-    Workload,
-)
+from ditune.db.records import Job, Study, Trial
 from ditune.db.store import Store
 from ditune.tuner.crew import Alone, Crew, Team
 from ditune.tuner.evaluate import Case
@@ -39,10 +29,7 @@ from ditune.tuner.space import Space
 from ditune.tuner.verdict import Found
 from ditune.tuner.worker import Worker
 
-STEPS = 50
 FLOORS = parse_constraints("psnr>=35,psnr_worst>=27")
-_HARDWARE = Hardware(device_name="none", kind="cpu", capability="none", cores=1, memory_bytes=1)
-_SOFTWARE = Software(torch="0", triton=None, diffusers="0", transformers="0", ditune="0")
 _CASES = [Case("first", 0), Case("second", 1)]
 
 
@@ -152,67 +139,14 @@ def work(
 
 def begin(url: str, seed: int) -> str:
     """Save a new study, for which workers may come at once, and return its name."""
-    found = profile()
-    settings = Settings(
-        hardware=_HARDWARE,
-        software=_SOFTWARE,
-        workload=found.workload,
-        constraints=FLOORS,
-        prompts_digest="sha256:" + "c" * 64,
-        seed=seed,
-        space=space().digest,
-    )
+    found = settings(FLOORS, seed, space())
     with Store.open(url) as store:
-        study = Study(name=settings.study, settings=settings, created_at="2026-01-01T00:00:00Z")
+        study = Study(name=found.study, settings=found, created_at="2026-01-01T00:00:00Z")
         store.save_study(study)
         store.jobs.begin(study.name)
-    return settings.study
+    return found.study
 
 
 def space() -> Space:
     """Return the space of a pipeline with guidance and fifty steps."""
-    return Space(profile(), handoff=False)
-
-
-def profile() -> Profile:
-    """Return the profile of a pipeline that nobody ran."""
-    return Profile(
-        hardware=_HARDWARE,
-        software=_SOFTWARE,
-        workload=Workload(
-            pipeline_class="none",
-            transformer_class="none",
-            model_digest="sha256:" + "0" * 64,
-            model_revision=None,
-            dtype="float32",
-            height=32,
-            width=32,
-            frames=13,
-            steps=STEPS,
-            scheduler_class="none",
-            scheduler_shift=8.0,
-            guidance=True,
-            batch=1,
-            attention_backend="native",
-        ),
-        prompts=1,
-        total_ms=100.0,
-        layers=tuple(
-            LayerTiming(name=f"transformer.blocks.{n}", median_ms=1, p20_ms=1, p80_ms=1, n=9)
-            for n in range(10)
-        ),
-        redundancy=tuple(
-            StepRedundancy(
-                step=n,
-                sigma=1.0 - n / STEPS,
-                step_change=None if n == 0 else 0.05 + 0.01 * n,
-                cfg_change=0.05,
-                block_change=0.05,
-            )
-            for n in range(STEPS)
-        ),
-        disagreement=None,
-        peak_bytes=None,
-        clocks=None,
-        status="simulated",
-    )
+    return Space(even_profile(), handoff=False)

@@ -25,7 +25,7 @@ from scipy.ndimage import gaussian_filter1d
 from ditune.accel.apply import Summary
 from ditune.accel.trigger import Measured, trigger_for
 from ditune.db.policy import Action, CachePolicy, Granularity, MaskCache, Payload, Policy
-from ditune.tuner.evaluate import Case, Outcome
+from ditune.tuner.evaluate import Case, Outcome, one_by_one
 from ditune.tuner.quality import parse_constraints
 from ditune.tuner.space import Space
 
@@ -311,12 +311,9 @@ class Simulated:
         stop: Callable[[list[Outcome]], bool] = lambda _: False,
     ) -> Iterator[Outcome]:
         """Measure a policy case by case; `stop` ends it early, the last `pairs` are paired."""
-        outcomes: list[Outcome] = []
-        for index, case in enumerate(cases):
-            outcomes.append(self.measure(policy, case, paired=index >= len(cases) - pairs))
-            yield outcomes[-1]
-            if stop(outcomes):
-                return
+        yield from one_by_one(
+            lambda case, paired: self.measure(policy, case, paired=paired), cases, pairs, stop
+        )
 
     def _plain(self, case: Case) -> None:
         self.forwards += 0 if case in self._known else STEPS

@@ -27,8 +27,8 @@ from rich.console import Console
 
 from ditune.db.policy import Policy
 from ditune.tuner.evaluate import cases_of
-from ditune.tuner.search import search_speedup, violations
 from ditune.tuner.session import Options
+from ditune.tuner.verdict import search_speedup, violations
 
 _SEEDS, _QUICK_SEEDS = 20, 1
 _EVALUATIONS, _QUICK_EVALUATIONS = 200, 12

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 from benchmarks.landscapes import PROOF_PROMPTS, SEARCH_PROMPTS, Landscape, Simulated
 from benchmarks.rows import Benchmark, Row, main
-from benchmarks.simulated import STEPS, profile_of, trajectories_of
+from benchmarks.simulated import PROMPTS, settings
 from rich.console import Console
 from scipy import stats
 
 from ditune.db.policy import Policy
-from ditune.db.records import Settings, Trial
+from ditune.db.records import Trial
 from ditune.tuner.confirm import Proof, Provenance, confirm
 from ditune.tuner.contenders import to_prove
 from ditune.tuner.evaluate import Case, cases_of
@@ -32,7 +32,6 @@ from ditune.tuner.session import Options
 from ditune.tuner.space import Space
 from ditune.tuner.studies import searched
 
-_PROMPTS = "sha256:" + "0" * 64  # their digest: they are only names
 _SEARCHES, _QUICK = 300, 4
 _SEARCH_SEED, _PROOF_SEED = 1_000, 500_000
 _WORTH = 1.1  # a feasible policy this fast should be found
@@ -64,7 +63,7 @@ def simulated(seed: int, cliff: bool, options: Options) -> Found:
     proof = cases_of(PROOF_PROMPTS, options.confirm_prompts, _PROOF_SEED + 1_000 * seed)
     most = options.confirm_candidates
     contenders = to_prove(trials, space, evaluator.constraints, len(proof), most)
-    provenance = Provenance("study-simulated", _PROMPTS)
+    provenance = Provenance("study-simulated", PROMPTS)
     shipped = confirm(Proof(evaluator, proof), contenders, provenance)
     fastest = candidates(trials, 1, space.sigmas)
     naive = fastest[0].policy if fastest else Policy()
@@ -86,19 +85,9 @@ def searched_in_memory(
     space: Space, evaluator: Simulated, cases: Sequence[Case], trials: int, seed: int
 ) -> list[Trial]:
     """Run a search in a database that lasts as long as it does; return its trials."""
-    profile = profile_of(trajectories_of(np.ones(STEPS), seed))
-    settings = Settings(
-        hardware=profile.hardware,
-        software=profile.software,
-        workload=profile.workload,
-        constraints=evaluator.constraints,
-        prompts_digest=_PROMPTS,
-        seed=seed,
-        space=space.digest,
-    )
     with tempfile.TemporaryDirectory() as folder:
         return searched(
-            settings,
+            settings(evaluator.constraints, seed, space),
             space,
             evaluator,
             cases,
@@ -156,7 +145,15 @@ def report(benchmark: Benchmark, found: Sequence[Found]) -> None:
         held = median >= _SHARE if judged else None
         target = f">= {_SHARE}" if judged else ""
         benchmark.add(
-            Row(f"true speedup / best feasible{name}", median, "", target, held, n=len(shares))
+            Row(
+                f"true speedup / best feasible{name}",
+                median,
+                "",
+                target,
+                held,
+                n=len(shares),
+                status="simulated",
+            )
         )
     benchmark.conditions["search"] = f"{Options().trials} trials, 3 prompts each, then the proof"
 

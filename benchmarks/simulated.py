@@ -7,16 +7,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from ditune.db.records import (
+    Constraint,
     Hardware,
     LayerTiming,
     Profile,
+    Settings,
     Software,
     StepRedundancy,
     Workload,
 )
 from ditune.profiler.trajectory import Trajectory
+from ditune.tuner.space import Space
 
 STEPS = 50
+PROMPTS = "sha256:" + "0" * 64  # their digest
 _DEPTH = 10
 _SHIFT = 3.0
 _WIDTH = 16  # numbers in an output
@@ -78,6 +82,26 @@ def profile_of(trajectories: Sequence[Trajectory]) -> Profile:
         disagreement=None,
         peak_bytes=None,
         clocks=None,
+        status="simulated",
+    )
+
+
+def even_profile() -> Profile:
+    """Return the profile of a pipeline whose outputs move at an even pace."""
+    return profile_of(trajectories_of(np.ones(STEPS), 0))
+
+
+def settings(constraints: tuple[Constraint, ...], seed: int, space: Space) -> Settings:
+    """Return the settings of a simulated search; its prompts are only names."""
+    profile = even_profile()
+    return Settings(
+        hardware=profile.hardware,
+        software=profile.software,
+        workload=profile.workload,
+        constraints=constraints,
+        prompts_digest=PROMPTS,
+        seed=seed,
+        space=space.digest,
     )
 
 

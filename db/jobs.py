@@ -12,8 +12,8 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,12 +22,13 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from ditune.db.asker import sole_asker
-from ditune.db.engine import READS, faults, shown, sqlite_file
+from ditune.db.engine import sqlite_file
 from ditune.db.errors import UsageFault
 from ditune.db.parsing import parse
 from ditune.db.records import Job, Trial
 from ditune.db.rows import body, insert_new, keep_trial, now
 from ditune.db.schema import JobRow, SearchRow, StudyRow, TrialRow
+from ditune.db.transactions import Transactions
 
 LEASE_S = 60.0  # holders renew theirs four times as often
 ATTEMPTS_MOST = 3
@@ -53,15 +54,13 @@ class Lease:
     attempt: int  # from 1; tells this lease from an earlier one of the same holder
 
 
-class Jobs:
+class Jobs(Transactions):
     """The jobs of one database; all of its methods may be called from several threads."""
 
     def __init__(self, engine: Engine) -> None:
         """Wrap an engine whose database has this release's schema."""
-        self.where = shown(engine.url)
+        super().__init__(engine)
         self.shared = sqlite_file(engine.url) is None  # whether other machines may take part
-        self._engine = engine
-        self._reader = engine.execution_options(**{READS: True})
 
     # --- for the process that asks ---------------------------------------------------------------
 
@@ -263,16 +262,6 @@ class Jobs:
 
     def _job(self, text: str) -> Job:
         return parse(Job, text, f"a job in {self.where}")
-
-    @contextmanager
-    def _writing(self) -> Iterator[Session]:
-        with faults(self.where), Session(self._engine) as session, session.begin():
-            yield session
-
-    @contextmanager
-    def _reading(self) -> Iterator[Session]:
-        with faults(self.where), Session(self._reader) as session:
-            yield session
 
 
 def _running() -> Select[JobRow]:

@@ -7,24 +7,18 @@ checked on the way out, so a damaged row is an error and never a wrong policy.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from sqlalchemy import Engine, select
-from sqlalchemy.orm import Session
 
 from ditune.db import migrate, policies
 from ditune.db.digest import digest_bytes
 from ditune.db.engine import (
-    READS,
-    faults,
     make_engine,
     parse_url,
     require_writable,
-    shown,
     sqlite_file,
 )
 from ditune.db.errors import CorruptData, UsageFault
@@ -51,19 +45,18 @@ from ditune.db.schema import (
     StudyRow,
     TrialRow,
 )
+from ditune.db.transactions import Transactions
 
 _PREFIX = re.compile(r"(?:sha256:)?([0-9a-f]{1,64})")
 
 
-class Store:
+class Store(Transactions):
     """Everything that ditune remembers, behind one database. Make one with `Store.open`."""
 
     def __init__(self, engine: Engine, artifacts: Path | None) -> None:
         """Wrap an engine whose database has this release's schema."""
-        self.where = shown(engine.url)
+        super().__init__(engine)
         self.file = sqlite_file(engine.url)  # None where a server keeps the data
-        self._engine = engine
-        self._reader = engine.execution_options(**{READS: True})
         self._artifacts = artifacts
         self.jobs = Jobs(engine)  # what is being evaluated, by whom
 
@@ -330,18 +323,6 @@ class Store:
         migrate.copy(self._engine, path)
 
     # --- inside ----------------------------------------------------------------------------------
-
-    @contextmanager
-    def _writing(self) -> Iterator[Session]:
-        """Give a session whose changes are kept together, or not at all."""
-        with faults(self.where), Session(self._engine) as session, session.begin():
-            yield session
-
-    @contextmanager
-    def _reading(self) -> Iterator[Session]:
-        """Give a session that sees one state and never waits for writers."""
-        with faults(self.where), Session(self._reader) as session:
-            yield session
 
     def _study(self, body: str) -> Study:
         return parse(Study, body, f"a study in {self.where}")

@@ -27,8 +27,9 @@ from ditune.tuner.peers import ours
 from ditune.tuner.peers.catalogue import PEERS
 from ditune.tuner.peers.contract import Setting
 from ditune.tuner.quality import metrics, summarise, values_of
-from ditune.tuner.search import Budget, hopeless, now, violations
+from ditune.tuner.search import Budget
 from ditune.tuner.source import Source
+from ditune.tuner.verdict import hopeless, now, violations
 
 Floors = tuple[Constraint, ...]
 _CALIBRATION_SEED, _CONFIRMATION_SEED, _HELD_OUT_SEED = 1_000, 500_000, 700_000

@@ -21,7 +21,7 @@ from ditune.db.records import Constraint, Evidence, Interval, Quality
 from ditune.profiler.statistics import CONFIDENCE, paired_speedup, worst_lower_bound
 from ditune.tuner.evaluate import Case, Evaluates, Outcome
 from ditune.tuner.quality import UNSEEN, bound_by, lower_bound, summarise
-from ditune.tuner.search import now
+from ditune.tuner.verdict import now
 
 PAIRS_MIN = 6  # interleaved pairs that a speedup rests on
 _FIRST_LOOK = 4  # prompts after which a candidate may be given up

@@ -164,12 +164,9 @@ class Evaluator:
 
         The last `pairs` are paired: a policy that is given up before costs no plain run.
         """
-        outcomes: list[Outcome] = []
-        for index, case in enumerate(cases):
-            outcomes.append(self.measure(policy, case, paired=index >= len(cases) - pairs))
-            yield outcomes[-1]
-            if stop(outcomes):
-                return
+        yield from one_by_one(
+            lambda case, paired: self.measure(policy, case, paired=paired), cases, pairs, stop
+        )
 
     def baseline_ms(self, case: Case) -> float:
         """Run the plain pipeline once more and return its latency."""
@@ -194,6 +191,21 @@ class Evaluator:
 
         output, lasted = timed(call, self.device)
         return video_of(output), lasted
+
+
+def one_by_one(
+    measure: Callable[[Case, bool], Outcome],
+    cases: Sequence[Case],
+    pairs: int,
+    stop: Callable[[list[Outcome]], bool],
+) -> Iterator[Outcome]:
+    """Measure cases until `stop` says so; the last `pairs` of them are paired."""
+    outcomes: list[Outcome] = []
+    for index, case in enumerate(cases):
+        outcomes.append(measure(case, index >= len(cases) - pairs))
+        yield outcomes[-1]
+        if stop(outcomes):
+            return
 
 
 def video_of(output: Any) -> np.ndarray:

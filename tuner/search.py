@@ -28,25 +28,9 @@ from ditune.tuner.here import Here
 from ditune.tuner.ladders import Ladders
 from ditune.tuner.pace import Pace
 from ditune.tuner.space import Proposal, Space
-from ditune.tuner.verdict import (
-    hopeless,
-    missed_for_sure,
-    now,
-    search_speedup,
-    violations,
-)
+from ditune.tuner.verdict import now
 from ditune.tuner.worker import Worker, patiently
 
-__all__ = [  # the verdicts on a trial are found here as well
-    "Budget",
-    "Search",
-    "TrialStore",
-    "hopeless",
-    "missed_for_sure",
-    "now",
-    "search_speedup",
-    "violations",
-]
 _CASES_PER_PAIR = 8  # of a trial, at least one pair; confirmation takes one per prompt
 _STARTUP_TRIALS = 8
 _REPEATS = 50  # known policies in a row, after which there is nothing new to be found

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from ditune.tuner.crew import Crew
 from ditune.tuner.elsewhere import Elsewhere, crew_of, first_note, limit_s, require_shared
 from ditune.tuner.evaluate import Case, Evaluator, cases_of
 from ditune.tuner.fewer_steps import FewestSteps, fewest_steps
+from ditune.tuner.progress import Progress, Quiet
 from ditune.tuner.quality import (
     cases_needed,
     cases_to_search,
@@ -33,30 +34,16 @@ from ditune.tuner.quality import (
     parse_constraints,
     prepare,
 )
-from ditune.tuner.search import Budget, Search, now
+from ditune.tuner.search import Budget, Search
 from ditune.tuner.source import FolderSource, Source, prompts_digest
 from ditune.tuner.space import Space
 from ditune.tuner.studies import settings_of
+from ditune.tuner.verdict import now
 
-Stage = Literal["profile", "search", "confirm"]
 _SEARCH_SEED = 1_000  # noise seeds of the search and of confirmation never meet
 _CONFIRM_SEED = 500_000
 _WORST_SHOWN = 2
 _FEWER_STEPS_PROMPTS = 4  # a comparison, not a promise: a third of the proof's prompts do
-
-
-class Progress(Protocol):
-    """Shown while a session runs; the command line draws it, the default keeps quiet."""
-
-    def update(self, stage: Stage, done: int, total: int, note: str) -> None:
-        """Say how far a stage is."""
-
-
-class Quiet:
-    """A progress that shows nothing."""
-
-    def update(self, stage: Stage, done: int, total: int, note: str) -> None:
-        """Keep quiet."""
 
 
 @dataclass(frozen=True)

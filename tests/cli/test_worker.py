@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tuner.test_resume import study
+from tests.tuner.searches import study
 from tests.tuner.test_search import STUDY
 
 from ditune import miniature

@@ -22,18 +22,12 @@ from ditune.db.records import (
     Workload,
 )
 from ditune.db.store import Store
-from ditune.tuner.evaluate import Case, Outcome
+from ditune.tuner.evaluate import Case, Outcome, one_by_one
 from ditune.tuner.pace import candidates
 from ditune.tuner.quality import parse_constraints
-from ditune.tuner.search import (
-    Budget,
-    Search,
-    hopeless,
-    missed_for_sure,
-    search_speedup,
-    violations,
-)
+from ditune.tuner.search import Budget, Search
 from ditune.tuner.space import Space
+from ditune.tuner.verdict import hopeless, missed_for_sure, search_speedup, violations
 
 STEPS = 20
 STUDY = "study-1"
@@ -125,12 +119,9 @@ class ScriptedEvaluator:
         stop: Callable[[list[Outcome]], bool],
     ) -> Iterator[Outcome]:
         self.calls.append(policy.id)
-        outcomes: list[Outcome] = []
-        for index, case in enumerate(cases):
-            outcomes.append(self._outcome(policy, case, paired=index >= len(cases) - pairs))
-            yield outcomes[-1]
-            if stop(outcomes):
-                return
+        yield from one_by_one(
+            lambda case, paired: self._outcome(policy, case, paired=paired), cases, pairs, stop
+        )
 
     def _outcome(self, policy: Policy, case: Case, *, paired: bool) -> Outcome:
         reused = 0.0

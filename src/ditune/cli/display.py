@@ -22,7 +22,8 @@ from ditune.cli.sources import print_json
 from ditune.db.records import Quality
 
 if TYPE_CHECKING:
-    from ditune.tuner.session import Result, Stage
+    from ditune.tuner.progress import Stage
+    from ditune.tuner.session import Result
 
 _STAGES: dict[Stage, str] = {
     "profile": "profiling the pipeline",
