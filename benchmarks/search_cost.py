@@ -27,7 +27,7 @@ from rich.console import Console
 
 from ditune.db.policy import Policy
 from ditune.tuner.evaluate import cases_of
-from ditune.tuner.session import Options
+from ditune.tuner.result import Options
 from ditune.tuner.verdict import search_speedup, violations
 
 _SEEDS, _QUICK_SEEDS = 20, 1

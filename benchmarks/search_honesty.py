@@ -27,8 +27,8 @@ from ditune.tuner.confirm import Proof, Provenance, confirm
 from ditune.tuner.contenders import to_prove
 from ditune.tuner.evaluate import Case, cases_of
 from ditune.tuner.pace import candidates
+from ditune.tuner.result import Options
 from ditune.tuner.search import Budget
-from ditune.tuner.session import Options
 from ditune.tuner.space import Space
 from ditune.tuner.studies import searched
 

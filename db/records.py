@@ -257,6 +257,13 @@ class Study(Record):
     arguments: dict[str, str] = Field(default_factory=dict)
 
 
+class Score(Record):
+    """What each metric gave one video; the seed names it among those of a search."""
+
+    seed: int
+    values: dict[str, float]
+
+
 class Trial(Record):
     """One policy that was tried: what it cost, what it gave, and why it was rejected."""
 
@@ -269,6 +276,7 @@ class Trial(Record):
     speedup: Annotated[float, Field(gt=0)] | None  # median of interleaved pairs
     work_ratio: Annotated[float, Field(gt=0)] | None  # full compute / what ran, in block calls
     quality: dict[str, Quality]
+    scores: tuple[Score, ...] = ()  # of each video, in the order they were made
     violation: dict[str, float]  # per constraint; <= 0 holds it
     reason: str | None
     duration_s: Annotated[float, Field(ge=0)]

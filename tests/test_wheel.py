@@ -83,7 +83,8 @@ TUNED = """
 import sys
 from ditune.db.engine import study_storage_url
 from ditune.db.store import Store
-from ditune.tuner.session import Options, Session
+from ditune.tuner.result import Options
+from ditune.tuner.session import Session
 from ditune.tuner.source import registered
 
 source = registered("miniature")

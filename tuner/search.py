@@ -9,6 +9,7 @@ for faults of the machine.
 from __future__ import annotations
 
 import itertools
+import random
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -268,16 +269,20 @@ class Search:
         self._pending[job.uuid] = _Pending(job, [asked])
 
     def _job(self, policy: Policy, source: str) -> Job:
+        number = next(self._numbers)
+        # each trial takes the prompts in another order: so the first one, after which most is known
+        # of a policy that is given up, is not always the same
+        cases = random.Random(f"{self.name} {number}").sample(self.cases, len(self.cases))
         return Job(
             uuid=uuid.uuid4().hex,
             study=self.name,
-            number=next(self._numbers),
+            number=number,
             source=source,  # type: ignore[arg-type]  # the model checks it
             policy=policy,
             constraints=self.evaluator.constraints,
-            prompts=tuple(case.prompt for case in self.cases),
-            seeds=tuple(case.seed for case in self.cases),
-            pairs=max(1, len(self.cases) // _CASES_PER_PAIR),
+            prompts=tuple(case.prompt for case in cases),
+            seeds=tuple(case.seed for case in cases),
+            pairs=max(1, len(cases) // _CASES_PER_PAIR),
             limit_s=self._limit_s,
             origin=self._origin,
         )

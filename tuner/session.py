@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from ditune.accel.lookup import default_database
 from ditune.db.engine import study_storage_url
 from ditune.db.errors import NoFeasiblePolicy, StoreFault, UsageFault
 from ditune.db.policy import Policy
-from ditune.db.records import PolicyFile, Profile, Quality, Study, Trial
+from ditune.db.records import PolicyFile, Profile, Study, Trial
 from ditune.db.store import Store
 from ditune.profiler.impact import impacts
 from ditune.profiler.record import Recorded, record
@@ -34,6 +34,7 @@ from ditune.tuner.quality import (
     parse_constraints,
     prepare,
 )
+from ditune.tuner.result import FramePair, Options, Result
 from ditune.tuner.search import Budget, Search
 from ditune.tuner.source import FolderSource, Source, prompts_digest
 from ditune.tuner.space import Space
@@ -44,54 +45,6 @@ _SEARCH_SEED = 1_000  # noise seeds of the search and of confirmation never meet
 _CONFIRM_SEED = 500_000
 _WORST_SHOWN = 2
 _FEWER_STEPS_PROMPTS = 4  # a comparison, not a promise: a third of the proof's prompts do
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to search; the defaults suit a pipeline whose videos take seconds."""
-
-    quality: str | None = None  # floors; the source's own by default
-    trials: int = 20
-    search_seconds: float = float("inf")
-    seed: int = 0
-    profile_prompts: int = 2
-    search_prompts: int = 3
-    confirm_prompts: int = 20  # as many as the proof speaks for
-    confirm_candidates: int = 8
-    arguments: Mapping[str, str] = field(default_factory=dict)  # kept with the study, for resuming
-
-
-@dataclass(frozen=True)
-class FramePair:
-    """The same prompt and seed, plain and tuned, frames [n, height, width, 3] in [0, 1]."""
-
-    prompt: str
-    plain: np.ndarray
-    tuned: np.ndarray
-
-
-@dataclass(frozen=True)
-class Result:
-    """Everything a session found; `policy_file` is None when no policy held the floors."""
-
-    study: Study
-    profile: Profile
-    trials: tuple[Trial, ...]
-    policy_file: PolicyFile | None
-    passed_over: tuple[str, ...]
-    notes: tuple[str, ...]
-    frames: tuple[FramePair, ...]
-    fewer_steps: FewestSteps | None  # None when no policy held either
-    duration_s: float
-
-    def best_seen(self) -> str:
-        """Say in one sentence how close the search came, for a search that found nothing."""
-        scored = [t for t in self.trials if t.policy != Policy() and t.violation]
-        if not scored:
-            return "no policy was tried"
-        closest = min(scored, key=lambda t: max(t.violation.values()))
-        seen = ", ".join(f"{k} {_value(k, q):.4g}" for k, q in closest.quality.items())
-        return f"closest was trial {closest.number}: {closest.speedup:.2f}x with {seen}"
 
 
 class Session:
@@ -337,10 +290,6 @@ class Session:
         if said not in self.notes:
             self.notes.append(said)
         return video
-
-
-def _value(name: str, quality: Quality) -> float:
-    return quality.worst if name.endswith("_worst") else quality.mean
 
 
 def tune(

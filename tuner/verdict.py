@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ditune.db.records import Constraint, Job, Trial
+from ditune.db.records import Constraint, Job, Score, Trial
 from ditune.profiler.statistics import CONFIDENCE, paired_speedup
 from ditune.tuner.quality import counts, lower_bound, summarise
 
@@ -63,6 +63,10 @@ def trial_of(job: Job, found: Found, duration_s: float) -> Trial:
         speedup=found.speedup,
         work_ratio=found.work_ratio,
         quality=summarise(job.constraints, found.values) if found.values else {},
+        scores=tuple(
+            Score(seed=seed, values=values)
+            for seed, values in zip(job.seeds, found.values, strict=False)
+        ),
         violation=missed,
         reason=reason or None,
         duration_s=duration_s,

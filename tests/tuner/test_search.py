@@ -192,6 +192,16 @@ def test_a_policy_is_never_measured_twice(store: Store) -> None:
     assert len({trial.policy.id for trial in trials}) == 14
 
 
+def test_every_trial_takes_all_prompts_in_an_order_of_its_own(store: Store) -> None:
+    found, _ = search(store)
+    trials = found.run(Budget(trials=14), lambda *_: None)
+    orders = {tuple(score.seed for score in t.scores) for t in trials if t.state == "complete"}
+    assert {tuple(sorted(order)) for order in orders} == {
+        tuple(sorted(case.seed for case in found.cases))
+    }
+    assert len(orders) > 1
+
+
 def test_a_sampler_that_repeats_itself_spends_no_budget(store: Store) -> None:
     found, evaluator = search(store)
     found._proposed = lambda done: found.space.prior(7) if done else found.space.baseline()  # type: ignore[method-assign]

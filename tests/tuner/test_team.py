@@ -188,7 +188,8 @@ def test_the_verdict_on_a_job_keeps_its_identity() -> None:
         seeds=(0, 1),
         pairs=1,
     )
-    whole = trial_of(job, Found(({"psnr": 50.0}, {"psnr": 50.0}), 1.5, 2.0), 4.0)
+    whole = trial_of(job, Found(({"psnr": 50.0}, {"psnr": 52.0}), 1.5, 2.0), 4.0)
+    assert [(score.seed, score.values["psnr"]) for score in whole.scores] == [(0, 50.0), (1, 52.0)]
     assert (whole.uuid, whole.number, whole.source, whole.state) == ("u", 3, "default", "complete")
     assert (
         whole.speedup,
@@ -198,3 +199,4 @@ def test_the_verdict_on_a_job_keeps_its_identity() -> None:
     ) == (1.5, 2.0, 4.0, None)
     early = trial_of(job, Found(({"psnr": 5.0},)), 1.0)
     assert (early.state, "below 27" in str(early.reason)) == ("rejected", True)
+    assert [score.seed for score in early.scores] == [0]

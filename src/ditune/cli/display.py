@@ -23,7 +23,7 @@ from ditune.db.records import Quality
 
 if TYPE_CHECKING:
     from ditune.tuner.progress import Stage
-    from ditune.tuner.session import Result
+    from ditune.tuner.result import Result
 
 _STAGES: dict[Stage, str] = {
     "profile": "profiling the pipeline",

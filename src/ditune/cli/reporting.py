@@ -7,7 +7,7 @@ import numpy as np
 from ditune.accel.memory import planned_bytes
 from ditune.profiler.parts import parts_of, speedup_of_work
 from ditune.reports.content import Expected, FewerSteps, FrameStrip, ReportContent
-from ditune.tuner.session import Result
+from ditune.tuner.result import Result
 
 
 def content_of(result: Result) -> ReportContent:

@@ -16,7 +16,7 @@ from ditune.db.errors import DituneError, NoFeasiblePolicy, UsageFault
 
 if TYPE_CHECKING:
     from ditune.tuner.elsewhere import Elsewhere
-    from ditune.tuner.session import Options, Result
+    from ditune.tuner.result import Options, Result
     from ditune.tuner.source import Source
 
 _RESUMED = ("model", "small_model", "prompts", "quality", "device", "out", "junit", "db")
@@ -203,7 +203,7 @@ def _moved(source: Source, device: str | None) -> Source:
 
 
 def _options(asked: dict[str, Any]) -> Options:
-    from ditune.tuner.session import Options
+    from ditune.tuner.result import Options
 
     limit = asked["time_limit"]
     kept = {name: str(value) for name, value in asked.items() if value is not None}

@@ -1,0 +1,64 @@
+"""What a session is asked for, and what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ditune.db.policy import Policy
+from ditune.db.records import PolicyFile, Profile, Quality, Study, Trial
+from ditune.tuner.fewer_steps import FewestSteps
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to search; the defaults suit a pipeline whose videos take seconds."""
+
+    quality: str | None = None  # floors; the source's own by default
+    trials: int = 20
+    search_seconds: float = float("inf")
+    seed: int = 0
+    profile_prompts: int = 2
+    search_prompts: int = 3
+    confirm_prompts: int = 20  # as many as the proof speaks for
+    confirm_candidates: int = 8
+    arguments: Mapping[str, str] = field(default_factory=dict)  # kept with the study, for resuming
+
+
+@dataclass(frozen=True)
+class FramePair:
+    """The same prompt and seed, plain and tuned, frames [n, height, width, 3] in [0, 1]."""
+
+    prompt: str
+    plain: np.ndarray
+    tuned: np.ndarray
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything a session found; `policy_file` is None when no policy held the floors."""
+
+    study: Study
+    profile: Profile
+    trials: tuple[Trial, ...]
+    policy_file: PolicyFile | None
+    passed_over: tuple[str, ...]
+    notes: tuple[str, ...]
+    frames: tuple[FramePair, ...]
+    fewer_steps: FewestSteps | None  # None when no policy held either
+    duration_s: float
+
+    def best_seen(self) -> str:
+        """Say in one sentence how close the search came, for a search that found nothing."""
+        scored = [t for t in self.trials if t.policy != Policy() and t.violation]
+        if not scored:
+            return "no policy was tried"
+        closest = min(scored, key=lambda t: max(t.violation.values()))
+        seen = ", ".join(f"{k} {_value(k, q):.4g}" for k, q in closest.quality.items())
+        return f"closest was trial {closest.number}: {closest.speedup:.2f}x with {seen}"
+
+
+def _value(name: str, quality: Quality) -> float:
+    return quality.worst if name.endswith("_worst") else quality.mean
