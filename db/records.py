@@ -273,7 +273,8 @@ class Trial(Record):
     source: Literal["baseline", "default", "prior", "search", "confirmation"]
     policy: Policy
     state: Literal["complete", "rejected", "failed"]
-    speedup: Annotated[float, Field(gt=0)] | None  # median of interleaved pairs
+    speedup: Annotated[float, Field(gt=0)] | None  # median of interleaved pairs, see `pairs`
+    pairs: Count | None = None  # 0: the speedup is what the study's other trials let expect
     work_ratio: Annotated[float, Field(gt=0)] | None  # full compute / what ran, in block calls
     quality: dict[str, Quality]
     scores: tuple[Score, ...] = ()  # of each video, in the order they were made
@@ -314,7 +315,8 @@ class Job(Record):
     constraints: tuple[Constraint, ...]
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    pairs: Positive  # how many of the last cases the plain pipeline runs beside
+    pairs: Count  # how many of the last cases the plain pipeline runs beside
+    expected_speedup: Annotated[float, Field(gt=0)] | None = None  # where there are no pairs
     limit_s: Annotated[float, Field(gt=0)] | None = None  # what takes longer hangs
     origin: Origin | None = None
 

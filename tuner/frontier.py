@@ -19,7 +19,7 @@ from scipy import stats
 from ditune.db.policy import Action, Form, MaskCache, Payload, Policy
 from ditune.db.records import Quality, Trial
 from ditune.profiler.statistics import mean_below, worst_below
-from ditune.tuner.pace import Pace
+from ditune.tuner.pace import Pace, whole_mask
 from ditune.tuner.quality import UNSEEN, in_decibels
 from ditune.tuner.space import Proposal, Space
 from ditune.tuner.surrogate import Seen, Surrogate
@@ -28,7 +28,6 @@ _SPREAD_DB, _SPREAD_WEIGHT = 2.0, 4.0  # between prompts before any is seen; wor
 _SAME_SD = 0.5  # dB: what the surrogate cannot know of a mask on given prompts
 _OWN_SHARE, _TRIED_SD = 0.7, 0.25  # of a surprise that is the mask's own; dB that stay unknown
 _GROWTH = 1.4  # of the computed steps, while several are tried at once
-_WHOLE = {"full", "step"}
 _ORDERS = (1, 2, 0)
 
 
@@ -101,7 +100,7 @@ class Frontier:
         masks = dict.fromkeys(tried) | dict.fromkeys(
             MaskCache(actions=_actions(computed, space.steps), payload=payload)
             for surrogate in self._surrogates.values()
-            for computed in self._schedules.frontier(surrogate.weights)
+            for computed in self._schedules.frontier(surrogate.weights, surrogate.power)
             if space.fewest <= len(computed) < space.steps
             for payload in _payloads(space.arc_length)
         )
@@ -198,14 +197,6 @@ class Frontier:
                 variances.append(float(np.mean([_spread_of(g, metric) for g in full])) ** 2)
                 weights.append(most - 1.0)
         return math.sqrt(float(np.average(variances, weights=weights)))
-
-
-def whole_mask(policy: Policy) -> bool:
-    """Whether a policy is a mask of whole steps, without a hand-off."""
-    cache = policy.cache
-    return (
-        policy.handoff is None and isinstance(cache, MaskCache) and _WHOLE.issuperset(cache.actions)
-    )
 
 
 def proposed(space: Space, trials: Sequence[Trial], proof_prompts: int) -> Proposal | None:

@@ -67,15 +67,19 @@ class Here:
         if refused:  # it ran without the policy: nothing was measured of it
             return Found((), unfit=refused[0])
         work_ratio = float(np.median([o.summary.work_ratio for o in outcomes]))
-        return _finite([o.values for o in outcomes], search_speedup(outcomes), work_ratio)
+        pairs = sum(o.baseline_ms is not None for o in outcomes)
+        speedup = search_speedup(outcomes)
+        return _finite([o.values for o in outcomes], speedup, work_ratio, pairs)
 
 
-def _finite(values: Sequence[dict[str, float]], speedup: float, work_ratio: float) -> Found:
+def _finite(
+    values: Sequence[dict[str, float]], speedup: float, work_ratio: float, pairs: int = 0
+) -> Found:
     """Return what was found, unless a video is so broken that a metric has no value."""
     lost = [name for each in values for name, value in each.items() if not math.isfinite(value)]
     if lost:
         return Found((), unfit=f"{lost[0]} of a video is not a number")
-    return Found(tuple(values), speedup, work_ratio)
+    return Found(tuple(values), speedup, work_ratio, pairs)
 
 
 def _first_line(fault: BaseException) -> str:

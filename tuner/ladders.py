@@ -29,7 +29,8 @@ _Level = TypeVar("_Level")
 _GROWTH, _FASTER = 1.25, 1.5  # from one level to the next: of large steps, of computed ones
 _SURE = 2  # levels in a row that miss for sure, after which fewer steps are not tried
 _ENOUGH = 2  # levels that held, for the proof to choose from
-_RULES_TURN = 5  # every so many trials
+_RULES_TURN = 5  # the trial that is MixCache's own rule
+_SAMPLERS_TURN = 10  # every so many trials: rules have a chance, masks are found without it
 _FEWER = 3  # numbers of steps that are tried where the two disagree most
 
 
@@ -61,7 +62,7 @@ class Ladders:
         default = self._space.default()
         if len(done) == _RULES_TURN and self._space.policy(default.parameters).id not in tried:
             return default
-        if len(done) % _RULES_TURN == _RULES_TURN - 1:
+        if len(done) % _SAMPLERS_TURN == _SAMPLERS_TURN - 1:
             return None
         return proposed(self._space, done, self._proof_prompts)
 

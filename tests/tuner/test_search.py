@@ -202,6 +202,18 @@ def test_every_trial_takes_all_prompts_in_an_order_of_its_own(store: Store) -> N
     assert len(orders) > 1
 
 
+def test_masks_are_timed_until_their_speed_follows_from_their_work(store: Store) -> None:
+    found, _ = search(store)
+    trials = found.run(Budget(trials=14), lambda *_: None)
+    masks = [t for t in trials if isinstance(t.policy.cache, MaskCache) and t.state == "complete"]
+    masks = [t for t in masks if {"full", "step"} == set(t.policy.cache.actions)]  # type: ignore[union-attr]
+    assert [t.pairs for t in masks[:5]] == [1] * 5
+    assert len(masks) > 5
+    assert [t.pairs for t in masks[5:]] == [0] * len(masks[5:])
+    for trial in masks[5:]:
+        assert trial.speedup == pytest.approx(trial.work_ratio)  # here the steps are all
+
+
 def test_a_sampler_that_repeats_itself_spends_no_budget(store: Store) -> None:
     found, evaluator = search(store)
     found._proposed = lambda done: found.space.prior(7) if done else found.space.baseline()  # type: ignore[method-assign]
