@@ -27,13 +27,16 @@ from ditune.tuner.crew import Alone, Crew
 from ditune.tuner.evaluate import Case, Evaluates
 from ditune.tuner.here import Here
 from ditune.tuner.ladders import Ladders
-from ditune.tuner.pace import Pace
+from ditune.tuner.pace import Pace, fastest_held
+from ditune.tuner.quality import counts
+from ditune.tuner.sequential import expectations
 from ditune.tuner.space import Proposal, Space
 from ditune.tuner.verdict import now
 from ditune.tuner.worker import Worker, patiently
 
 _CASES_PER_PAIR = 8  # of a trial, at least one pair; confirmation takes one per prompt
 _STARTUP_TRIALS = 8
+_AS_FAST = 0.98  # of the fastest trial that held: what a sampler's point has to reach
 _REPEATS = 50  # known policies in a row, after which there is nothing new to be found
 
 
@@ -230,7 +233,7 @@ class Search:
         if twin is not None:
             twin.asked.append(asked)
             return True
-        job = self._job(policy, source)
+        job = self._job(policy, source, done)
         self._asking.mark(asked, job.uuid)
         self._put(job, asked)
         return False
@@ -259,7 +262,7 @@ class Search:
         taken += [trial.policy for trial in done]
         if any(policy.id == each.id for each in taken):
             return True
-        job = self._job(policy, source)
+        job = self._job(policy, source, done)
         space = self.space.distributions
         self._put(job, self._asking.place(parameters, space, source, job.uuid))
         return False
@@ -268,24 +271,39 @@ class Search:
         self.store.jobs.put(job)
         self._pending[job.uuid] = _Pending(job, [asked])
 
-    def _job(self, policy: Policy, source: str) -> Job:
+    def _job(self, policy: Policy, source: str, done: Sequence[Trial]) -> Job:
         number = next(self._numbers)
         # each trial takes the prompts in another order: so the first one, after which most is known
         # of a policy that is given up, is not always the same
         cases = random.Random(f"{self.name} {number}").sample(self.cases, len(self.cases))
+        constraints, seeds = self.evaluator.constraints, [case.seed for case in cases]
         return Job(
             uuid=uuid.uuid4().hex,
             study=self.name,
             number=number,
             source=source,  # type: ignore[arg-type]  # the model checks it
             policy=policy,
-            constraints=self.evaluator.constraints,
+            constraints=constraints,
             prompts=tuple(case.prompt for case in cases),
-            seeds=tuple(case.seed for case in cases),
+            seeds=tuple(seeds),
             pairs=max(1, len(cases) // _CASES_PER_PAIR),
             limit_s=self._limit_s,
             origin=self._origin,
+            expected=expectations(constraints, done, seeds),
+            faster_than=self._to_beat(policy, source, done),
         )
+
+    def _to_beat(self, policy: Policy, source: str, done: Sequence[Trial]) -> float | None:
+        """Return how fast a policy has to be to be of use, None where that is not certain.
+
+        The steps of a ladder teach something in any case. Work of two models does not add up, and
+        where a metric counts, what held on the videos of a trial may soon not hold.
+        """
+        counted = any(counts(constraint) for constraint in self.evaluator.constraints)
+        if counted or policy.handoff is not None or source not in ("default", "search"):
+            return None
+        fastest = fastest_held(done, self.space.sigmas)
+        return None if fastest is None else _AS_FAST * fastest
 
     def _proposed(self, done: Sequence[Trial]) -> Proposal | None:
         """Return the next proposal of the ladders, None when enough is known."""

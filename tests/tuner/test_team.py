@@ -93,7 +93,7 @@ def test_a_late_result_counts_for_nothing(store: Store, url: str, searching: Sea
     jobs = store.jobs
     search = searching(store, url, Formula())
     jobs.begin(STUDY)
-    jobs.put(search._job(Policy(), "baseline"))
+    jobs.put(search._job(Policy(), "baseline", []))
 
     class Overtaken(Formula):
         """Another worker does the same job while this one is paused."""
@@ -132,7 +132,7 @@ def test_a_lost_lease_ends_what_runs(
     jobs = store.jobs
     search = searching(store, url, Formula())
     jobs.begin(STUDY)
-    jobs.put(search._job(Policy(), "baseline"))
+    jobs.put(search._job(Policy(), "baseline", []))
     monkeypatch.setattr(Jobs, "renew", lambda *_: False)
     assert Worker(jobs, STUDY, Endless(), lease_s=0.1).step()
     assert jobs.counts(STUDY) == (1, 0)  # it waits for another attempt
