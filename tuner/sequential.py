@@ -21,7 +21,7 @@ from ditune.tuner.quality import MARGIN, counts, in_decibels
 _REJECTED_WRONGLY = 0.05  # of the trials that would hold, shared by all looks and floors
 _FEWEST = 3  # complete trials that tell how prompts differ
 _APART_DB, _FREEDOM = 4.0, 30  # between prompts, while nothing is known of them
-_FAR, _GRID = 4.0, 200  # what the other prompts may give is looked at from so far down, in so many
+_FAR, _GRID = 4.0, 201  # what the other prompts may give is looked at from so far down, in so many
 
 
 def guessed(constraints: Sequence[Constraint], prompts: int) -> dict[str, Expectation]:
@@ -76,6 +76,12 @@ def will_miss(
     wrongly = _REJECTED_WRONGLY / floors / (len(pattern.differences) - 1)
     floor = _level(constraint.metric, constraint.floor)
     return _best(constraint, scores, pattern, wrongly) < floor
+
+
+def shortfall(constraint: Constraint, scores: Sequence[float], pattern: Expectation) -> float:
+    """Return by how much a floor will probably be missed, relative to it, both as levels."""
+    floor = _level(constraint.metric, constraint.floor)
+    return (floor - _best(constraint, scores, pattern, 0.5)) / max(abs(floor), 1e-3)
 
 
 def _best(

@@ -13,7 +13,7 @@ from ditune.db.policy import MaskCache
 from ditune.db.records import Constraint, Expectation, Job, Score, Trial
 from ditune.profiler.statistics import CONFIDENCE, paired_speedup
 from ditune.tuner.quality import MARGIN, counts, lower_bound, summarise
-from ditune.tuner.sequential import will_miss
+from ditune.tuner.sequential import shortfall, will_miss
 
 if TYPE_CHECKING:
     from ditune.tuner.evaluate import Outcome
@@ -58,6 +58,7 @@ def trial_of(job: Job, found: Found, duration_s: float) -> Trial:
         else:
             reason = missed_for_sure(job.constraints, found.values)
         missed = violations(job.constraints, found.values)
+        missed |= _foreseen(job, found.values, missed)
     return Trial(
         uuid=job.uuid,
         study=job.study,
@@ -135,6 +136,24 @@ def given_up(job: Job, values: Sequence[Mapping[str, float]], work_ratio: float)
     if most < job.faster_than:
         return f"it is slower than what is known to hold: at most {most:.3g}x by its work"
     return ""
+
+
+def _foreseen(
+    job: Job, values: Sequence[Mapping[str, float]], seen: Mapping[str, float]
+) -> dict[str, float]:
+    """Return by how much floors will be missed that the prompts so far, easy ones, still hold.
+
+    Otherwise what was given up would be taken for something that holds.
+    """
+    found = {}
+    for constraint in job.constraints:
+        scores = [value[constraint.metric] for value in values]
+        if seen[constraint.name] <= 0.0 and will_miss(
+            constraint, scores, job.expected, len(job.constraints)
+        ):
+            pattern = job.expected[constraint.metric]
+            found[constraint.name] = shortfall(constraint, scores, pattern)
+    return found
 
 
 def hopeless(

@@ -7,15 +7,17 @@ from tests.tuner.test_search import FLOORS, STUDY
 
 from ditune.accel.apply import Summary
 from ditune.db.policy import MaskCache, Policy, RuleCache
-from ditune.db.records import Job
+from ditune.db.records import Expectation, Job
 from ditune.tuner.evaluate import Case, Outcome
 from ditune.tuner.quality import parse_constraints
 from ditune.tuner.sequential import guessed
 from ditune.tuner.verdict import (
+    Found,
     given_up,
     hopeless,
     missed_for_sure,
     search_speedup,
+    trial_of,
     violations,
 )
 
@@ -66,6 +68,20 @@ def job(policy: Policy, faster_than: float) -> Job:
         pairs=1,
         faster_than=faster_than,
     )
+
+
+def test_what_is_given_up_after_an_easy_prompt_misses_its_floor() -> None:
+    pattern = Expectation(differences=(6.0, -6.0), sd=0.1, freedom=9)
+    asked = job(Policy(), faster_than=1.0).model_copy(
+        update={"prompts": ("a", "b"), "seeds": (0, 1), "expected": {"psnr": pattern}}
+    )
+    trial = trial_of(asked, Found(({"psnr": 38.0},)), 1.0)
+    assert trial.reason == "psnr: after 1 of its prompts it will miss 35"
+    assert trial.quality["psnr"].mean == 38.0  # what was seen
+    # 26 follows: a mean of 32 with a bound 8.3 below it, and a worst prompt below 27
+    assert trial.violation == pytest.approx({"psnr": 11.3 / 35, "psnr_worst": 1 / 27}, abs=2e-3)
+    held = trial_of(asked, Found(({"psnr": 60.0}, {"psnr": 60.0})), 1.0)
+    assert held.feasible
 
 
 def test_a_rule_may_leave_out_more_of_another_video() -> None:
