@@ -300,6 +300,17 @@ class Origin(Record):
     call: dict[str, int | float | str] = Field(default_factory=dict)  # besides prompt and generator
 
 
+class Expectation(Record):
+    """By how much a metric usually differs between the videos of a job, whatever the policy.
+
+    In decibels where the metric has a level in them, else in its own unit.
+    """
+
+    differences: tuple[float, ...]  # of each video from their mean, in the order of the job
+    sd: Annotated[float, Field(gt=0)]  # of what a further policy gives one video beside that
+    freedom: Positive  # degrees of freedom that this rests on
+
+
 class Job(Record):
     """One evaluation that was asked for: everything that a process elsewhere needs to do it.
 
@@ -319,6 +330,8 @@ class Job(Record):
     expected_speedup: Annotated[float, Field(gt=0)] | None = None  # where there are no pairs
     limit_s: Annotated[float, Field(gt=0)] | None = None  # what takes longer hangs
     origin: Origin | None = None
+    expected: dict[str, Expectation] = Field(default_factory=dict)  # by metric, once it is known
+    faster_than: Annotated[float, Field(gt=0)] | None = None  # a speedup; less is of no use
 
     @model_validator(mode="after")
     def _one_seed_per_prompt(self) -> Self:

@@ -17,10 +17,11 @@ import numpy as np
 from scipy import stats
 
 from ditune.db.policy import Action, Form, MaskCache, Payload, Policy
-from ditune.db.records import Quality, Trial
+from ditune.db.records import Quality, Score, Trial
 from ditune.profiler.statistics import mean_below, worst_below
 from ditune.tuner.pace import Pace, whole_mask
 from ditune.tuner.quality import UNSEEN, in_decibels
+from ditune.tuner.sequential import pattern
 from ditune.tuner.space import Proposal, Space
 from ditune.tuner.surrogate import Seen, Surrogate
 
@@ -39,6 +40,7 @@ class Glimpse:
     quality: Mapping[str, Quality]
     spreads: Mapping[str, float] | None = None  # of metrics between prompts, in decibels
     elsewhere: bool = False  # whether the prompts were not those of the search
+    scores: Sequence[Score] = ()  # of each prompt
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Frontier:
         self._space = space
         trials = [trial for trial in trials if trial.quality]  # not those that failed
         self._pace = Pace(trials, space.sigmas)
-        seen = [Glimpse(t.policy, t.quality) for t in trials]
+        seen = [Glimpse(t.policy, t.quality, _spreads_in(t), scores=t.scores) for t in trials]
         self._others = [
             t
             for t in trials
@@ -85,6 +87,8 @@ class Frontier:
         names = {name for trial in trials for name in trial.quality}
         self._floors = {name: self._floor(name, trials) for name in names}
         self._spreads = {m: self._spread(m) for m in {_metric(name) for name in names}}
+        self._seeds = sorted({score.seed for trial in trials for score in trial.scores})
+        self._patterns = {m: pattern(m, trials, self._seeds) for m in self._spreads}
         self._surrogates = {m: self._surrogate(m) for m in self._spreads}
 
     def choices(self, *, elsewhere: bool) -> list[Choice]:
@@ -169,24 +173,33 @@ class Frontier:
         return _decibels(metric, floor) + mean_below(self._proof_prompts) * spread
 
     def _surrogate(self, metric: str) -> Surrogate:
-        spread, most = self._spreads[metric], self._proof_prompts
-        apart = spread * math.sqrt(1.0 / self._search_prompts + 1.0 / most)
-        seen = []
-        for glimpse in self._glimpses:
-            quality = _of(glimpse.quality, metric)
-            assert isinstance(glimpse.policy.cache, MaskCache)
-            whole = most if glimpse.elsewhere else self._search_prompts
-            partly = max(1.0 / quality.n - 1.0 / whole, 0.0) * spread**2
-            sd = math.sqrt(_SAME_SD**2 + partly)
-            level = _decibels(metric, quality.mean)
-            seen.append(Seen(glimpse.policy.cache, level, sd, glimpse.elsewhere))
-        return Surrogate(self._schedules, seen, apart)
+        apart = math.sqrt(1.0 / self._search_prompts + 1.0 / self._proof_prompts)
+        apart *= self._spreads[metric]
+        return Surrogate(self._schedules, [self._seen(metric, g) for g in self._glimpses], apart)
+
+    def _seen(self, metric: str, glimpse: Glimpse) -> Seen:
+        """Return the level that a glimpse shows, as all of its prompts would.
+
+        Where some are missing, how hard the others are is known once other trials had them all.
+        """
+        assert isinstance(glimpse.policy.cache, MaskCache)
+        quality = _of(glimpse.quality, metric)
+        whole = self._proof_prompts if glimpse.elsewhere else self._search_prompts
+        level, spread = _decibels(metric, quality.mean), self._spreads[metric]
+        missing = quality.n < whole and not glimpse.elsewhere
+        usual = self._patterns[metric] if missing and glimpse.scores else None
+        if usual is not None:
+            easier = dict(zip(self._seeds, usual.differences, strict=True))
+            level -= float(np.mean([easier[score.seed] for score in glimpse.scores]))
+            spread = usual.sd
+        partly = max(1.0 / quality.n - 1.0 / whole, 0.0) * spread**2
+        sd = math.sqrt(_SAME_SD**2 + partly)
+        return Seen(glimpse.policy.cache, level, sd, glimpse.elsewhere)
 
     def _spread(self, metric: str) -> float:
         """Return the standard deviation between prompts in decibels.
 
-        Trials share their prompts, and so do proofs: however many, each are one sample. Of trials
-        only mean and worst are kept.
+        Trials share their prompts, and so do proofs: however many, each are one sample.
         """
         variances, weights = [_SPREAD_DB**2], [_SPREAD_WEIGHT]
         for elsewhere in (False, True):
@@ -251,6 +264,13 @@ def spreads(constraints: Iterable[str], values: Sequence[Mapping[str, float]]) -
     for metric in {_metric(name) for name in constraints}:
         found[metric] = float(np.std([_decibels(metric, v[metric]) for v in values], ddof=1))
     return found
+
+
+def _spreads_in(trial: Trial) -> dict[str, float] | None:
+    """Return the spreads of a trial, None if it has too few values or an old one kept none."""
+    if len(trial.scores) < 2:
+        return None
+    return spreads(trial.quality, [score.values for score in trial.scores])
 
 
 def _decibels(metric: str, score: float) -> float:

@@ -12,8 +12,8 @@ from ditune.db.errors import EvaluationFault, UsageFault
 from ditune.db.policy import Policy
 from ditune.db.records import Job
 from ditune.tuner.devices import device_name
-from ditune.tuner.evaluate import Case, Evaluates
-from ditune.tuner.verdict import Found, hopeless, search_speedup
+from ditune.tuner.evaluate import Case, Evaluates, Outcome
+from ditune.tuner.verdict import Found, given_up, search_speedup
 
 
 class Here:
@@ -54,22 +54,22 @@ class Here:
         return _finite([self._evaluator.plain_values(case) for case in cases], 1.0, 1.0)
 
     def _tuned(self, job: Job, cases: Sequence[Case]) -> Found:
-        """Run a policy on the cases, until it is certain that it misses a floor."""
-        outcomes = list(
-            self._evaluator.run(
-                job.policy,
-                cases,
-                pairs=job.pairs,
-                stop=lambda seen: bool(hopeless(job.constraints, [o.values for o in seen])),
-            )
-        )
+        """Run a policy on the cases, until it is known to be of no use."""
+
+        def stop(seen: Sequence[Outcome]) -> bool:
+            return bool(given_up(job, [o.values for o in seen], _work_ratio(seen)))
+
+        outcomes = list(self._evaluator.run(job.policy, cases, pairs=job.pairs, stop=stop))
         refused = [o.summary.reason for o in outcomes if o.summary.policy_id is None]
         if refused:  # it ran without the policy: nothing was measured of it
             return Found((), unfit=refused[0])
-        work_ratio = float(np.median([o.summary.work_ratio for o in outcomes]))
+        values = [o.values for o in outcomes]
         pairs = sum(o.baseline_ms is not None for o in outcomes)
-        speedup = search_speedup(outcomes)
-        return _finite([o.values for o in outcomes], speedup, work_ratio, pairs)
+        return _finite(values, search_speedup(outcomes), _work_ratio(outcomes), pairs)
+
+
+def _work_ratio(outcomes: Sequence[Outcome]) -> float:
+    return float(np.median([o.summary.work_ratio for o in outcomes]))
 
 
 def _finite(

@@ -111,6 +111,18 @@ def whole_mask(policy: Policy) -> bool:
     return _WHOLE.issuperset(cache.actions)
 
 
+def fastest_held(trials: Sequence[Trial], sigmas: Sequence[float]) -> float | None:
+    """Return the greatest speedup among the trials that hold every floor, None if none does.
+
+    Args:
+        trials: Of one study; the plain pipeline's does not count.
+        sigmas: Noise level of each step.
+    """
+    pace = Pace(trials, sigmas)
+    held = [trial for trial in trials if trial.feasible and trial.policy != Policy()]
+    return max((pace.speedup(trial) for trial in held), default=None)
+
+
 def candidates(trials: Sequence[Trial], count: int, sigmas: Sequence[float] = ()) -> list[Trial]:
     """Return the trials to confirm: distinct policies, the fastest first.
 

@@ -27,13 +27,16 @@ from ditune.tuner.crew import Alone, Crew
 from ditune.tuner.evaluate import Case, Evaluates
 from ditune.tuner.here import Here
 from ditune.tuner.ladders import Ladders
-from ditune.tuner.pace import Pace
+from ditune.tuner.pace import Pace, fastest_held
+from ditune.tuner.quality import counts
+from ditune.tuner.sequential import expectations
 from ditune.tuner.space import Proposal, Space
 from ditune.tuner.verdict import now
 from ditune.tuner.worker import Worker, patiently
 
 _CASES_PER_PAIR = 8  # of a trial, at least one pair; confirmation takes one per prompt
 _STARTUP_TRIALS = 8
+_AS_FAST = 0.98  # of the fastest trial that held: what a sampler's point has to reach
 _REPEATS = 50  # known policies in a row, after which there is nothing new to be found
 
 
@@ -269,25 +272,40 @@ class Search:
         self._pending[job.uuid] = _Pending(job, [asked])
 
     def _job(self, policy: Policy, source: str, done: Sequence[Trial]) -> Job:
-        expected = Pace(done, self.space.sigmas).foreseen(policy)
+        foreseen = Pace(done, self.space.sigmas).foreseen(policy)
         number = next(self._numbers)
         # each trial takes the prompts in another order: so the first one, after which most is known
         # of a policy that is given up, is not always the same
         cases = random.Random(f"{self.name} {number}").sample(self.cases, len(self.cases))
+        constraints, seeds = self.evaluator.constraints, [case.seed for case in cases]
         return Job(
             uuid=uuid.uuid4().hex,
             study=self.name,
             number=number,
             source=source,  # type: ignore[arg-type]  # the model checks it
             policy=policy,
-            constraints=self.evaluator.constraints,
+            constraints=constraints,
             prompts=tuple(case.prompt for case in cases),
-            seeds=tuple(case.seed for case in cases),
-            pairs=0 if expected else max(1, len(cases) // _CASES_PER_PAIR),
-            expected_speedup=expected,
+            seeds=tuple(seeds),
+            pairs=0 if foreseen else max(1, len(cases) // _CASES_PER_PAIR),
+            expected_speedup=foreseen,
             limit_s=self._limit_s,
             origin=self._origin,
+            expected=expectations(constraints, done, seeds),
+            faster_than=self._to_beat(policy, source, done),
         )
+
+    def _to_beat(self, policy: Policy, source: str, done: Sequence[Trial]) -> float | None:
+        """Return how fast a policy has to be to be of use, None where that is not certain.
+
+        The steps of a ladder teach something in any case. Work of two models does not add up, and
+        where a metric counts, what held on the videos of a trial may soon not hold.
+        """
+        counted = any(counts(constraint) for constraint in self.evaluator.constraints)
+        if counted or policy.handoff is not None or source not in ("default", "search"):
+            return None
+        fastest = fastest_held(done, self.space.sigmas)
+        return None if fastest is None else _AS_FAST * fastest
 
     def _proposed(self, done: Sequence[Trial]) -> Proposal | None:
         """Return the next proposal of the ladders, None when enough is known."""

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ditune.db.records import Constraint, Job, Score, Trial
+from ditune.db.policy import MaskCache
+from ditune.db.records import Constraint, Expectation, Job, Score, Trial
 from ditune.profiler.statistics import CONFIDENCE, paired_speedup
-from ditune.tuner.quality import counts, lower_bound, summarise
+from ditune.tuner.quality import MARGIN, counts, lower_bound, summarise
+from ditune.tuner.sequential import shortfall, will_miss
 
 if TYPE_CHECKING:
     from ditune.tuner.evaluate import Outcome
 
-_MARGIN = 0.8  # confidence of the bound that a mean counts with
 _UNFIT = 1.0  # by how much a policy that cannot run misses each floor, relative to it
+_RULES_VARY = 1.25  # by how much more a rule may leave out of one video than of another
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,12 @@ def trial_of(job: Job, found: Found, duration_s: float) -> Trial:
         missed = {constraint.name: _UNFIT for constraint in job.constraints}
     else:
         rejected = len(found.values) < len(job.prompts)
-        reason = (hopeless if rejected else missed_for_sure)(job.constraints, found.values)
+        if rejected:
+            reason = given_up(job, found.values, found.work_ratio)
+        else:
+            reason = missed_for_sure(job.constraints, found.values)
         missed = violations(job.constraints, found.values)
+        missed |= _foreseen(job, found.values, missed)
     return Trial(
         uuid=job.uuid,
         study=job.study,
@@ -112,28 +118,67 @@ def violations(
         elif counts(constraint):
             seen = float(np.mean(scores))
         else:
-            seen = lower_bound(constraint, scores, _MARGIN)
+            seen = lower_bound(constraint, scores, MARGIN)
         missed[constraint.name] = (constraint.floor - seen) / max(abs(constraint.floor), 1e-3)
     return missed
 
 
-def hopeless(constraints: Sequence[Constraint], values: Sequence[Mapping[str, float]]) -> str:
-    """Return why a trial cannot hold its floors whatever comes, empty if it still can.
+def given_up(job: Job, values: Sequence[Mapping[str, float]], work_ratio: float) -> str:
+    """Return why a job needs no further prompts, empty if it does.
 
-    A worst prompt below its floor cannot be undone. A mean is given up after two prompts that both
-    miss it by a tenth, or, where the metric counts, once its upper bound misses it.
+    Args:
+        job: It says what is known of its study.
+        values: Each metric's value, of the prompts so far.
+        work_ratio: Blocks asked for / blocks run.
+    """
+    reason = hopeless(job.constraints, values, job.expected)
+    if reason or job.faster_than is None:
+        return reason
+    most = work_ratio if isinstance(job.policy.cache, MaskCache) else _RULES_VARY * work_ratio
+    if most < job.faster_than:
+        return f"it is slower than what is known to hold: at most {most:.3g}x by its work"
+    return ""
+
+
+def _foreseen(
+    job: Job, values: Sequence[Mapping[str, float]], seen: Mapping[str, float]
+) -> dict[str, float]:
+    """Return by how much floors will be missed that the prompts so far, easy ones, still hold.
+
+    Otherwise what was given up would be taken for something that holds.
+    """
+    found = {}
+    for constraint in job.constraints:
+        scores = [value[constraint.metric] for value in values]
+        if seen[constraint.name] <= 0.0 and will_miss(
+            constraint, scores, job.expected, len(job.constraints)
+        ):
+            pattern = job.expected[constraint.metric]
+            found[constraint.name] = shortfall(constraint, scores, pattern)
+    return found
+
+
+def hopeless(
+    constraints: Sequence[Constraint],
+    values: Sequence[Mapping[str, float]],
+    expected: Mapping[str, Expectation],
+) -> str:
+    """Return why a trial cannot hold its floors, empty if it still may.
+
+    A worst prompt below its floor cannot be undone. What the other prompts will give is foreseen
+    with a stated error; where the metric counts, a trial is given up once its upper bound misses.
     """
     for constraint in constraints:
+        name, floor = constraint.name, constraint.floor
         scores = [value[constraint.metric] for value in values]
-        if constraint.statistic == "worst" and min(scores) < constraint.floor:
-            return f"{constraint.name}: a prompt gave {min(scores):.3g}, below {constraint.floor:g}"
-        if constraint.statistic == "worst":
+        if constraint.statistic == "worst" and min(scores) < floor:
+            return f"{name}: a prompt gave {min(scores):.3g}, below {floor:g}"
+        if will_miss(constraint, scores, expected, len(constraints)):
+            return f"{name}: after {len(scores)} of its prompts it will miss {floor:g}"
+        if constraint.statistic == "worst" or not counts(constraint) or len(scores) < 2:
             continue
-        most, lost = max(scores), constraint.floor - 0.1 * abs(constraint.floor)
-        if counts(constraint):
-            most, lost = _most(constraint, scores, CONFIDENCE), constraint.floor
-        if len(scores) >= 2 and most < lost:
-            return f"{constraint.name}: {len(scores)} prompts stay below {lost:.3g}"
+        if _most(constraint, scores, CONFIDENCE) < floor:
+            return f"{name}: {len(scores)} prompts stay below {floor:.3g}"
     return ""
 
 
@@ -152,7 +197,7 @@ def missed_for_sure(
             continue
         scores = [value[constraint.metric] for value in values]
         unlucky = constraint.statistic == "mean" and counts(constraint)
-        if not unlucky or _most(constraint, scores, _MARGIN) < constraint.floor:
+        if not unlucky or _most(constraint, scores, MARGIN) < constraint.floor:
             return f"{constraint.name}: {len(scores)} prompts miss {constraint.floor:g}"
     return ""
 
