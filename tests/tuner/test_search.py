@@ -103,6 +103,7 @@ class ScriptedEvaluator:
 
     constraints = FLOORS
     device = torch.device("cpu")
+    videos = 0.0
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -233,6 +234,12 @@ def test_no_time_left_means_no_trial(store: Store) -> None:
     found, evaluator = search(store)
     assert found.run(Budget(trials=5, seconds=0.0), lambda *_: None) == []
     assert not evaluator.calls
+
+
+def test_so_many_trials_are_made_however_little_time_there_is(store: Store) -> None:
+    found, evaluator = search(store)
+    assert len(found.run(Budget(trials=5, seconds=-1.0, least=2), lambda *_: None)) == 2
+    assert len(evaluator.calls) == 1  # the first one is plain
 
 
 def outcome(psnr: float, ratio: float = 2.0, pair: tuple[float, float] | None = None) -> Outcome:
