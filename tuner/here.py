@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ class Here:
         Raises:
             EvaluationFault: The device failed, or the plain pipeline itself does not run.
         """
+        before = self._evaluator.videos
         cases = [Case(prompt, seed) for prompt, seed in zip(job.prompts, job.seeds, strict=True)]
         try:
             found = self._plain(cases) if job.policy == Policy() else self._tuned(job, cases)
@@ -41,7 +43,7 @@ class Here:
             found = Found((), unfit=_first_line(fault))
         if found.unfit and job.policy == Policy():
             raise EvaluationFault(f"the plain pipeline does not run: {found.unfit}")
-        return found
+        return replace(found, videos=self._evaluator.videos - before)
 
     def stop(self) -> None:
         """Do nothing: a generation in this process runs to its end."""
@@ -67,7 +69,8 @@ class Here:
         if refused:  # it ran without the policy: nothing was measured of it
             return Found((), unfit=refused[0])
         work_ratio = float(np.median([o.summary.work_ratio for o in outcomes]))
-        return _finite([o.values for o in outcomes], search_speedup(outcomes), work_ratio)
+        found = _finite([o.values for o in outcomes], search_speedup(outcomes), work_ratio)
+        return replace(found, pairs=sum(o.baseline_ms is not None for o in outcomes))
 
 
 def _finite(values: Sequence[dict[str, float]], speedup: float, work_ratio: float) -> Found:

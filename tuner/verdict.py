@@ -25,13 +25,16 @@ class Found:
     """What evaluating a policy gave: each metric's value, case by case, and its speed.
 
     There are fewer values than cases where it was given up. `unfit` says why it cannot run here;
-    then there are none.
+    then there are none. `pairs` is how many the speedup rests on, `videos` how many plain ones'
+    worth of compute it took.
     """
 
     values: tuple[dict[str, float], ...]
     speedup: float = 1.0
     work_ratio: float = 1.0
     unfit: str = ""
+    pairs: int = 0
+    videos: float | None = None
 
 
 def now() -> str:
@@ -71,6 +74,8 @@ def trial_of(job: Job, found: Found, duration_s: float) -> Trial:
         reason=reason or None,
         duration_s=duration_s,
         created_at=now(),
+        pairs=found.pairs,
+        videos=found.videos,
     )
 
 
