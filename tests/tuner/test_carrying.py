@@ -103,7 +103,7 @@ def test_a_mask_forecasts_over_the_arc_length_of_its_new_space() -> None:
     found = mask_of(carried(Policy(cache=MaskCache(actions=actions, payload=along)), here))
     assert here.arc_length is not None
     assert found.payload.arc_length == here.arc_length
-    repeats = Payload(order=0, arc_length=along.arc_length)
+    repeats = Payload(order=0, arc_length=along.arc_length, cfg_form="fft_delta")
     found = mask_of(carried(Policy(cache=MaskCache(actions=actions, payload=repeats)), here))
     assert found.payload == Payload(order=0)  # as masks are spelled here: the same one, once only
 

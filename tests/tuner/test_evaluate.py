@@ -64,6 +64,8 @@ def test_what_was_computed_is_counted_in_plain_videos(evaluator: Evaluator) -> N
     shorter = Evaluator(source, evaluator.constraints, plain=evaluator, worth=0.5)
     shorter.measure(Policy(), case, paired=False)
     assert evaluator.videos == pytest.approx(2.0 + 5 / STEPS + 0.5)
+    shorter.plain(case)
+    assert evaluator.videos == pytest.approx(2.0 + 5 / STEPS + 1.0)
     assert shorter.videos == 0.0
 
 

@@ -12,6 +12,7 @@ from tests.tuner.conftest import TINY_STEPS
 
 from ditune.db.engine import study_storage_url
 from ditune.db.store import Store
+from ditune.tuner.meter import Meter
 from ditune.tuner.progress import Stage
 from ditune.tuner.result import Options, Result
 from ditune.tuner.session import Session
@@ -107,10 +108,11 @@ class Shown:
 
 
 def test_a_profile_that_took_all_the_time_leaves_one_trial(
-    tiny: FolderSource, store: Store
+    tiny: FolderSource, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Meter, "seconds", 3600.0)  # what passed when the search begins
     shown: Any = Shown()
-    session = Session(tiny, store, replace(OPTIONS, time_limit_s=0.001), shown)
+    session = Session(tiny, store, replace(OPTIONS, time_limit_s=3600.0), shown)
     result = session.run(study_storage_url(store.where))
     assert len(result.trials) == 2
     assert shown.done["search"] == (2, OPTIONS.trials)
