@@ -277,6 +277,11 @@ class Simulated:
         self._random = np.random.default_rng(seed)
         self._known: set[Case] = set()
 
+    @property
+    def videos(self) -> float:
+        """The same in plain videos."""
+        return self.forwards / STEPS
+
     def knows(self, case: Case) -> bool:
         """Whether the plain video of a case was generated already."""
         return case in self._known

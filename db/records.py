@@ -16,6 +16,7 @@ from ditune.db.policy import Policy
 from ditune.db.record import Count, Digest, Name, Positive, Record, Status, Timestamp
 
 SCHEMA_VERSION = 1
+Proposer = Literal["baseline", "default", "prior", "warm", "search", "confirmation"]
 Location = Annotated[str, StringConstraints(min_length=1, max_length=4096)]  # a folder or hub id
 
 # --- where and with what ---------------------------------------------------------------------
@@ -190,6 +191,19 @@ class Quality(Record):
     n: Positive
 
 
+class SearchFigures(Record):
+    """What the search saw of a policy on its own few prompts: why it was looked at, never a proof.
+
+    Of a policy that the search never tried it saw nothing.
+    """
+
+    trials: Positive  # how many policies were tried
+    prompts: Count  # that this one was tried on
+    pairs: Count  # of plain and tuned runs, interleaved
+    speedup: Annotated[float, Field(gt=0)] | None  # their median, at most what the work allows
+    quality: dict[str, Quality]
+
+
 class Evidence(Record):
     """What a policy was proved to give, where, and how; a number never loses its status."""
 
@@ -204,6 +218,7 @@ class Evidence(Record):
     git_commit: Name | None
     created_at: Timestamp
     status: Status
+    search: SearchFigures | None = None  # all others are of the proof
 
 
 class PolicyFile(Record):
@@ -270,7 +285,7 @@ class Trial(Record):
     uuid: Name
     study: Name
     number: Count
-    source: Literal["baseline", "default", "prior", "search", "confirmation"]
+    source: Proposer
     policy: Policy
     state: Literal["complete", "rejected", "failed"]
     speedup: Annotated[float, Field(gt=0)] | None  # median of interleaved pairs, see `pairs`
@@ -282,6 +297,7 @@ class Trial(Record):
     reason: str | None
     duration_s: Annotated[float, Field(ge=0)]
     created_at: Timestamp
+    videos: Annotated[float, Field(ge=0)] | None = None  # plain ones' worth of compute that it took
 
     @property
     def feasible(self) -> bool:
@@ -321,7 +337,7 @@ class Job(Record):
     uuid: Name
     study: Name
     number: Count
-    source: Literal["baseline", "default", "prior", "search", "confirmation"]
+    source: Proposer
     policy: Policy
     constraints: tuple[Constraint, ...]
     prompts: tuple[str, ...]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ditune.db.cost import Cost
 from ditune.db.record import Status
 from ditune.db.records import Interval, PolicyFile, Profile, Quality, Study, Trial
 
@@ -71,6 +72,7 @@ class ReportContent:
         fewer_steps: The baseline of fewer steps; None if it was not run.
         cache_bytes: What the chosen policy's caches hold; None if that is not known.
         expected: What its work lets expect; None if that is not known.
+        cost: What the whole session took; None if that is not known.
     """
 
     study: Study
@@ -81,3 +83,4 @@ class ReportContent:
     fewer_steps: FewerSteps | None = None
     cache_bytes: int | None = None
     expected: Expected | None = None
+    cost: Cost | None = None

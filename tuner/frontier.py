@@ -222,7 +222,7 @@ def proposed(space: Space, trials: Sequence[Trial], proof_prompts: int) -> Propo
     """
     tried = {trial.policy.id for trial in trials}
     if not any(whole_mask(trial.policy) and trial.quality for trial in trials):
-        firsts = (space.prior(budget) for budget in _first_budgets(space))
+        firsts = (space.prior(budget) for budget in _first_budgets(space, trials))
         return next((p for p in firsts if space.policy(p.parameters).id not in tried), None)
     choices = Frontier(space, trials, (), proof_prompts).choices(elsewhere=False)
     known = max((c.speedup for c in choices if c.policy.id in tried and c.chance >= 0.5), default=1)
@@ -233,9 +233,17 @@ def proposed(space: Space, trials: Sequence[Trial], proof_prompts: int) -> Propo
     return space.explicit(best.policy.cache)
 
 
-def _first_budgets(space: Space) -> Iterator[int]:
-    """Yield how many steps to compute while nothing is known: the middle, then more and more."""
-    budget = round(math.sqrt(space.fewest * space.steps))
+def _first_budgets(space: Space, trials: Sequence[Trial]) -> Iterator[int]:
+    """Yield how many steps to compute while nothing is known: the middle, then more and more.
+
+    Instead of the middle, what a mask of another search computes that is still on its way.
+    """
+    carried = [
+        trial.policy.cache.actions.count("full")
+        for trial in trials
+        if trial.source == "warm" and isinstance(trial.policy.cache, MaskCache)
+    ]
+    budget = max(carried, default=round(math.sqrt(space.fewest * space.steps)))
     while budget < space.steps:
         yield budget
         budget = max(round(_GROWTH * budget), budget + 1)

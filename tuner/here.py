@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ class Here:
         Raises:
             EvaluationFault: The device failed, or the plain pipeline itself does not run.
         """
+        before = self._evaluator.videos
         cases = [Case(prompt, seed) for prompt, seed in zip(job.prompts, job.seeds, strict=True)]
         try:
             found = self._plain(cases) if job.policy == Policy() else self._tuned(job, cases)
@@ -41,7 +43,7 @@ class Here:
             found = Found((), unfit=_first_line(fault))
         if found.unfit and job.policy == Policy():
             raise EvaluationFault(f"the plain pipeline does not run: {found.unfit}")
-        return found
+        return replace(found, videos=self._evaluator.videos - before)
 
     def stop(self) -> None:
         """Do nothing: a generation in this process runs to its end."""
@@ -79,7 +81,7 @@ def _finite(
     lost = [name for each in values for name, value in each.items() if not math.isfinite(value)]
     if lost:
         return Found((), unfit=f"{lost[0]} of a video is not a number")
-    return Found(tuple(values), speedup, work_ratio, pairs)
+    return Found(tuple(values), speedup, work_ratio, pairs=pairs)
 
 
 def _first_line(fault: BaseException) -> str:

@@ -54,10 +54,14 @@ class TrialStore(Protocol):
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to search: a number of trials, and seconds on a clock that nobody can set back."""
+    """How long to search: a number of trials, and seconds on a clock that nobody can set back.
+
+    `least` trials are made however little time there is.
+    """
 
     trials: int
     seconds: float = float("inf")
+    least: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,10 @@ class Search:
         self._seed = seed
         self._pending: dict[str, _Pending] = {}
         self._numbers = itertools.count()
+
+    def start_from(self, warm: Sequence[Proposal]) -> None:
+        """Try some policies of other searches right after the plain pipeline."""
+        self._ladders = Ladders(self.space, warm=warm)
 
     def open(
         self,
@@ -153,7 +161,7 @@ class Search:
         while True:
             try:
                 with jobs.sole_asker(self.name) as require_alone:
-                    done = self._go_on(budget.trials, ends, progress, require_alone)
+                    done = self._go_on(budget, ends, progress, require_alone)
                     jobs.end(self.name)
                     return done
             except StoreLost:
@@ -164,12 +172,12 @@ class Search:
 
     def _go_on(
         self,
-        most: int,
+        budget: Budget,
         ends: float,
         progress: Callable[[Trial, int], None],
         require_alone: Callable[[], None],
     ) -> list[Trial]:
-        """Ask, evaluate, store and tell until there are `most` trials or the time `ends`."""
+        """Ask, evaluate, store and tell until there are enough trials or the time `ends`."""
         done = self._recovered()
         repeats = 0
         while True:
@@ -178,10 +186,10 @@ class Search:
                 done.append(trial)
                 progress(trial, len(done))
                 repeats = 0  # what is known has changed
-            over = time.monotonic() >= ends
+            over = time.monotonic() >= ends and len(done) >= budget.least
             if over:
                 self._withdraw()
-            while not over and repeats < _REPEATS and self._wants(most - len(done)):
+            while not over and repeats < _REPEATS and self._wants(budget.trials - len(done)):
                 known = self._ask(done, by_chance=repeats > 0)
                 repeats = repeats + 1 if known else 0
             if not self._pending:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
@@ -15,9 +14,10 @@ from ditune.accel.lookup import default_database
 from ditune.db.engine import study_storage_url
 from ditune.db.errors import NoFeasiblePolicy, StoreFault, UsageFault
 from ditune.db.policy import Policy
-from ditune.db.records import PolicyFile, Profile, Study, Trial
+from ditune.db.records import Impacts, PolicyFile, Profile, Study, Trial
 from ditune.db.store import Store
 from ditune.profiler.impact import impacts
+from ditune.profiler.parts import forwards_of
 from ditune.profiler.record import Recorded, record
 from ditune.tuner.confirm import PAIRS_MIN, Confirmation, Proof, Provenance, confirm
 from ditune.tuner.contenders import to_prove
@@ -25,6 +25,7 @@ from ditune.tuner.crew import Crew
 from ditune.tuner.elsewhere import Elsewhere, crew_of, first_note, limit_s, require_shared
 from ditune.tuner.evaluate import Case, Evaluator, cases_of
 from ditune.tuner.fewer_steps import FewestSteps, fewest_steps
+from ditune.tuner.meter import Meter
 from ditune.tuner.progress import Progress, Quiet
 from ditune.tuner.quality import (
     cases_needed,
@@ -40,9 +41,11 @@ from ditune.tuner.source import FolderSource, Source, prompts_digest
 from ditune.tuner.space import Space
 from ditune.tuner.studies import settings_of
 from ditune.tuner.verdict import now
+from ditune.tuner.warm_start import warm_start
 
 _SEARCH_SEED = 1_000  # noise seeds of the search and of confirmation never meet
 _CONFIRM_SEED = 500_000
+_TRIALS_MIN = 2  # the plain pipeline and one more, however little time the profile left
 _WORST_SHOWN = 2
 _FEWER_STEPS_PROMPTS = 4  # a comparison, not a promise: a third of the proof's prompts do
 
@@ -89,18 +92,26 @@ class Session:
 
     def run(self, storage_url: str) -> Result:
         """Profile, search, confirm and save; everything measured is in the store at any time."""
-        started = time.monotonic()
-        recorded = self._profile()
+        meter = Meter(lambda: self.evaluator.videos)
+        with meter.stage("profile"):
+            recorded = self._profile()
         found = recorded.profile
         handing = self._may_hand_off()
         space = Space(found, handoff=handing, trajectories=recorded.trajectories)
         if handing and not space.hands_over:
             self.notes.append("the hand-off is left out: the scheduler tells no noise levels")
         study = self._study(found, space)
-        trials = self._search(study, found, space, storage_url)
-        confirmation = self._confirm(study, trials, space)
-        policy_file = self._save(found, confirmation)
-        frames = self._frames(policy_file)
+        with meter.stage("search"):
+            search = self._prepared(study, space)
+            budget = Budget(
+                self.options.trials, self.options.time_limit_s - meter.seconds, _TRIALS_MIN
+            )
+            trials = self._search(search, found, budget, storage_url)
+        with meter.stage("confirm"):
+            confirmation = self._confirm(study, trials, space)
+            policy_file = self._save(found, confirmation)
+            frames = self._frames(policy_file)
+            fewer_steps = self._fewer_steps(policy_file)
         return Result(
             study=study,
             profile=found,
@@ -109,8 +120,8 @@ class Session:
             passed_over=confirmation.reasons,
             notes=tuple(self.notes),
             frames=frames,
-            fewer_steps=self._fewer_steps(policy_file),
-            duration_s=time.monotonic() - started,
+            fewer_steps=fewer_steps,
+            cost=meter.cost(forwards_of(found)),
         )
 
     def _profile(self) -> Recorded:
@@ -133,15 +144,23 @@ class Session:
         )
         for case, output in zip(self._search_cases(), recorded.outputs, strict=False):
             self.evaluator.adopt(case, output)  # the same prompts and seeds
+        self.evaluator.videos += recorded.videos
         known = self.store.impacts(recorded.profile.workload)
         if known is None:
             note("measuring what errors do")
-            prompt, call = self.source.calibration[0], self.source.call
-            known = impacts(self.source.pipe, prompt, call=call, seed=_SEARCH_SEED)
+            known = self._impacts(forwards_of(recorded.profile))
         found = recorded.profile.model_copy(update={"impacts": known})
         self.progress.update("profile", total, total, "done")
         self.store.save_profile(found)
         return replace(recorded, profile=found)
+
+    def _impacts(self, forwards_per_video: int) -> Impacts | None:
+        def count(forwards: int) -> None:
+            self.evaluator.videos += forwards / forwards_per_video
+
+        source = self.source
+        prompt, call = source.calibration[0], source.call
+        return impacts(source.pipe, prompt, call=call, seed=_SEARCH_SEED, spent=count)
 
     def _may_hand_off(self) -> bool:
         """Whether the hand-off belongs into the space; says so when it does not."""
@@ -177,23 +196,34 @@ class Session:
         self.store.save_study(study)
         return study
 
-    def _search(self, study: Study, found: Profile, space: Space, storage_url: str) -> list[Trial]:
-        options = self.options
+    def _prepared(self, study: Study, space: Space) -> Search:
+        """Return the search, with what was proved elsewhere to start from."""
         cases = self._search_cases()
-        search = Search(study.name, space, self.evaluator, cases, options.seed)
+        search = Search(study.name, space, self.evaluator, cases, self.options.seed)
+        if self.options.warm_start:
+            found = warm_start(self.store, study, space)
+            search.start_from(found.proposals)
+            self.notes += [found.note] if found.note else []
+        return search
+
+    def _search(
+        self, search: Search, found: Profile, budget: Budget, storage_url: str
+    ) -> list[Trial]:
         best = 1.0
 
         def show(trial: Trial, count: int) -> None:
             nonlocal best
             if trial.feasible and trial.speedup is not None:
                 best = max(best, trial.speedup)
-            self.progress.update("search", count, options.trials, f"best {best:.2f}x")
+            if self.elsewhere is not None:  # what this process does is counted already
+                self.evaluator.videos += trial.videos or 0.0
+            self.progress.update("search", count, budget.trials, f"best {best:.2f}x")
 
-        self.progress.update("search", 0, options.trials, first_note(self.elsewhere, study.name))
-        budget = Budget(options.trials, options.search_seconds)
-        with self._crew(study.name) as crew:
+        first = first_note(self.elsewhere, search.name)
+        self.progress.update("search", 0, budget.trials, first)
+        with self._crew(search.name) as crew:
             origin = self.elsewhere.origin if self.elsewhere is not None else None
-            search.open(storage_url, self.store, crew, origin, limit_s(found, len(cases)))
+            search.open(storage_url, self.store, crew, origin, limit_s(found, len(search.cases)))
             with closing(search):
                 return search.run(budget, show)
 
@@ -212,7 +242,7 @@ class Session:
             cases,
             lambda done: self.progress.update("confirm", done, max(total, done), "held out"),
         )
-        provenance = Provenance(study.name, self._prompts_digest)
+        provenance = Provenance(study.name, self._prompts_digest, trials)
         return confirm(
             proof, to_prove(trials, space, self.constraints, len(cases), most), provenance
         )
@@ -281,6 +311,7 @@ class Session:
         ) as applied:
             video = self.evaluator.generate(case)[0]
             used = applied.summary()
+        self.evaluator.videos += used.work_share
         if used.policy_id != policy_file.policy_id:
             raise StoreFault(
                 f"the policy was saved to {self.store.where} and a lookup did not find it again "

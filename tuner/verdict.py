@@ -27,14 +27,16 @@ class Found:
     """What evaluating a policy gave: each metric's value, case by case, and its speed.
 
     There are fewer values than cases where it was given up. `unfit` says why it cannot run here;
-    then there are none. Without `pairs` the speedup is what the work left out allows.
+    then there are none. `pairs` is how many the speedup rests on; without any it is what the work
+    left out allows. `videos` is how many plain ones' worth of compute it took.
     """
 
     values: tuple[dict[str, float], ...]
     speedup: float = 1.0
     work_ratio: float = 1.0
-    pairs: int = 0
     unfit: str = ""
+    pairs: int = 0
+    videos: float | None = None
 
 
 def now() -> str:
@@ -79,6 +81,7 @@ def trial_of(job: Job, found: Found, duration_s: float) -> Trial:
         reason=reason or None,
         duration_s=duration_s,
         created_at=now(),
+        videos=found.videos,
     )
 
 

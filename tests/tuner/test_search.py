@@ -107,6 +107,7 @@ class ScriptedEvaluator:
 
     constraints = FLOORS
     device = torch.device("cpu")
+    videos = 0.0
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -279,6 +280,12 @@ def test_what_is_slower_than_what_holds_is_given_up_unless_it_teaches(
     told = found.study.trials[2]
     assert (told.state, set(told.constraints)) == (TrialState.COMPLETE, set(trial.violation))
     assert told.values == [pytest.approx(15 / 20)]
+
+
+def test_so_many_trials_are_made_however_little_time_there_is(store: Store) -> None:
+    found, evaluator = search(store)
+    assert len(found.run(Budget(trials=5, seconds=-1.0, least=2), lambda *_: None)) == 2
+    assert len(evaluator.calls) == 1  # the first one is plain
 
 
 def test_no_speed_is_asked_where_it_is_not_certain(store: Store) -> None:

@@ -20,8 +20,10 @@ from rich.table import Table
 
 from ditune.cli.sources import print_json
 from ditune.db.records import Quality
+from ditune.reports.words import cost_in_words
 
 if TYPE_CHECKING:
+    from ditune.db.cost import Cost
     from ditune.tuner.progress import Stage
     from ditune.tuner.result import Result
 
@@ -87,6 +89,7 @@ def print_result(result: Result, out: Path, report: Path, url: str, json_output:
         console.print(_table(result))
         console.print(f"policy   {found.policy_id}")
         console.print(f"file     {escape(str(out / 'policy.json'))}")
+    console.print(f"cost     {cost_in_words(result.cost)}")
     console.print(f"database {escape(url)}")
     console.print(f"report   {escape(str(report))}")
 
@@ -132,10 +135,15 @@ def run_json(result: Result, out: Path, report: Path, url: str) -> dict[str, Any
         "quality": _quality(evidence.quality) if evidence else None,
         "bound_by": evidence.bound_by if evidence else None,
         "trials": _trial_counts(result),
+        "cost": _cost(result.cost),
         "hardware": result.profile.hardware.model_dump(mode="json"),
         "workload": result.profile.workload.model_dump(mode="json"),
         "status": evidence.status if evidence else "infeasible",
     }
+
+
+def _cost(cost: Cost) -> dict[str, Any]:
+    return {**cost.model_dump(mode="json"), "videos": cost.videos, "forwards": cost.forwards}
 
 
 def _quality(quality: dict[str, Quality]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ def content_of(result: Result) -> ReportContent:
         fewer_steps=_fewer_steps(result),
         cache_bytes=_cache_bytes(result),
         expected=_expected(result),
+        cost=result.cost,
     )
 
 
