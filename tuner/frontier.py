@@ -28,6 +28,7 @@ from ditune.tuner.surrogate import Seen, Surrogate
 _SPREAD_DB, _SPREAD_WEIGHT = 2.0, 4.0  # between prompts before any is seen; worth so many
 _SAME_SD = 0.5  # dB: what the surrogate cannot know of a mask on given prompts
 _OWN_SHARE, _TRIED_SD = 0.7, 0.25  # of a surprise that is the mask's own; dB that stay unknown
+_FAR = 0.1  # of the distance to the floor, by which the surrogate may be off there
 _GROWTH = 1.4  # of the computed steps, while several are tried at once
 _ORDERS = (1, 2, 0)
 
@@ -193,7 +194,9 @@ class Frontier:
             level -= float(np.mean([easier[score.seed] for score in glimpse.scores]))
             spread = usual.sd
         partly = max(1.0 / quality.n - 1.0 / whole, 0.0) * spread**2
-        sd = math.sqrt(_SAME_SD**2 + partly)
+        floor = self._floors.get(metric)
+        far = 0.0 if floor is None else level - _decibels(metric, floor)
+        sd = math.sqrt(_SAME_SD**2 + partly + (_FAR * far) ** 2)
         return Seen(glimpse.policy.cache, level, sd, glimpse.elsewhere)
 
     def _spread(self, metric: str) -> float:

@@ -122,7 +122,7 @@ def test_faster_masks_pass_less_often(space: Space) -> None:
             budget = computed(each.policy)
             by_budget[budget] = max(by_budget.get(budget, 0.0), each.chance)
     chances = [by_budget[budget] for budget in sorted(by_budget)]
-    assert chances[0] < 0.05
+    assert chances[0] < 0.1
     assert chances[-1] > 0.99
     assert all(low <= high + 0.05 for low, high in pairwise(chances))
 
@@ -233,4 +233,4 @@ def test_what_was_given_up_after_an_easy_prompt_is_not_taken_for_good(space: Spa
         frontier = Frontier(space, [*trials, scored(given_up, seeds)], (), PROOF_PROMPTS)
         seen = frontier._glimpses[-1]
         assert frontier._seen("psnr", seen).decibels == pytest.approx(truth, abs=0.5)
-        assert frontier._seen("psnr", seen).sd < 0.7
+        assert frontier._seen("psnr", seen).sd < 0.7 + 0.1 * abs(truth - FLOOR_DB)

@@ -5,10 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import optuna
 import pytest
 import torch
 from optuna.trial import TrialState
+from tests.tuner.test_schedule import trajectory_of
 
 from ditune.accel.apply import Summary
 from ditune.db.engine import study_storage_url
@@ -327,3 +329,17 @@ def test_handoff_lies_between_two_noise_levels() -> None:
     handoff = space.policy(point).handoff
     assert isinstance(handoff, Handoff)
     assert pytest.approx((1.0 - 7 / STEPS + 1.0 - 8 / STEPS) / 2) == handoff.sigma
+
+
+def test_what_the_surrogate_asks_for_is_seen_to_its_end(store: Store) -> None:
+    random = np.random.default_rng(7)
+    outputs = np.cumsum(random.standard_normal((STEPS, 30)), axis=0)
+    space = Space(profile(), handoff=False, trajectories=[trajectory_of(outputs)])
+    found, _ = search(store)
+    blind = found.run(Budget(trials=6), lambda *_: None)  # without trajectories nothing is foreseen
+    policy = found.space.policy(found.space.prior(9).parameters)
+    assert found._job(policy, "prior", blind).expected
+    found.space = space
+    assert not found._job(policy, "prior", blind).expected
+    assert not found._job(policy, "warm", blind).expected
+    assert found._job(policy, "search", blind).expected
