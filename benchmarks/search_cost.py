@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from benchmarks import cost_miniature
-from benchmarks.landscapes import SEARCH_PROMPTS, Landscape, Simulated
+from benchmarks.landscapes import SEARCH_PROMPTS, Kind, Landscape, Simulated
 from benchmarks.optimised import optimised
 from benchmarks.rows import Benchmark, Row, main
 from benchmarks.search_honesty import simulated
@@ -32,13 +32,14 @@ from ditune.db.record import Status
 from ditune.tuner.evaluate import cases_of
 from ditune.tuner.result import Options
 
+_KINDS: tuple[Kind, ...] = ("smooth", "cliff")
 _SEEDS, _QUICK_SEEDS = 20, 1
 _MINIATURE_SEEDS = 3
 _EVALUATIONS, _QUICK_EVALUATIONS = 200, 12
 _SHARE, _FORWARDS = 0.95, 0.35
 _SEARCH_SEED = 1_000
-# a profile's calls: layers, then each prompt timed and watched; and about two for the impacts
-_PROFILE_CALLS = 1 + 2 * Options().profile_prompts + 2
+# a profile's calls: layers, then each prompt timed and watched; and up to four for the impacts
+_PROFILE_CALLS = 1 + 2 * Options().profile_prompts + 4
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,15 @@ class Pair:
     reached: bool  # whether it was ever as fast
 
 
-def landscape_pair(folder: Path, seed: int, cliff: bool, evaluations: int) -> Pair:
+def landscape_pair(folder: Path, seed: int, kind: Kind, evaluations: int) -> Pair:
     """Run both searches on a landscape, unless they were run before."""
-    name = f"{'cliff' if cliff else 'smooth'}-{seed}.json"
+    name = f"{kind}-{seed}.json"
     steps, ours = folder / f"plain-{name}", folder / f"ours-{name}"
     if not ours.exists():
-        found = simulated(seed, cliff, Options())
+        found = simulated(seed, kind, Options())
         _keep(ours, {"shipped": found.shipped or 1.0, "forwards": found.forwards})
     if not steps.exists():
-        _keep(steps, [asdict(step) for step in _plain(seed, cliff, evaluations)])
+        _keep(steps, [asdict(step) for step in _plain(seed, kind, evaluations)])
     plain = [Step(**step) for step in json.loads(steps.read_text(encoding="utf-8"))]
     kept = json.loads(ours.read_text(encoding="utf-8"))
     as_fast = [step.forwards for step in plain if step.best >= kept["shipped"]]
@@ -79,8 +80,8 @@ def landscape_pair(folder: Path, seed: int, cliff: bool, evaluations: int) -> Pa
     )
 
 
-def _plain(seed: int, cliff: bool, evaluations: int) -> list[Step]:
-    landscape = Landscape(seed, cliff)
+def _plain(seed: int, kind: Kind, evaluations: int) -> list[Step]:
+    landscape = Landscape(seed, kind)
     evaluator = Simulated(landscape, seed)
     space = landscape.space()
     cases = cases_of(SEARCH_PROMPTS, Options().search_prompts, _SEARCH_SEED + 1_000 * seed)
@@ -118,11 +119,11 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
             f"{pair.forwards / pair.plain_forwards:.3f} of its forwards"
         )
 
-    for cliff in (False, True):
-        kind, pairs = "landscapes with a cliff" if cliff else "smooth landscapes", list[Pair]()
+    for kind in _KINDS:
+        pairs = list[Pair]()
         for seed in range(seeds):
-            said(kind, pairs, landscape_pair(folder, seed, cliff, evaluations))
-        report(benchmark, pairs, kind, evaluations, "simulated")
+            said(kind, pairs, landscape_pair(folder, seed, kind, evaluations))
+        report(benchmark, pairs, f"landscapes ({kind})", evaluations, "simulated")
     pairs = []
     for seed in range(_QUICK_SEEDS if arguments.quick else _MINIATURE_SEEDS):
         said("miniature", pairs, miniature_pair(folder, seed, evaluations))

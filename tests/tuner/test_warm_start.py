@@ -211,7 +211,7 @@ def memory(tmp_path: Path) -> Iterator[Store]:
 
 
 def test_a_policy_for_half_the_steps_gives_a_first_trial_near_it(memory: Store) -> None:
-    landscape = Landscape(3, cliff=False)
+    landscape = Landscape(3, "smooth")
     space, there = landscape.space(), even_profile()
     steps = [0, 1, 3, 6, 10, 14, 18, 21, 23, 24]
     half = MaskCache(actions=tuple("full" if n in steps else "step" for n in range(25)))
