@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from scipy import stats
@@ -12,6 +13,7 @@ from ditune.db.errors import UsageFault
 from ditune.db.records import Interval
 
 CONFIDENCE = 0.95
+_PROMISED = 0.9  # how often the worst of some unseen values holds what was promised
 _RESAMPLES = 2000
 
 
@@ -81,10 +83,10 @@ def counts_needed(floor: float) -> int:
 
 
 def worst_lower_bound(values: Sequence[float], unseen: int) -> float:
-    """Return what the worst of `unseen` further values will probably exceed.
+    """Return what the worst of `unseen` further values exceeds nine times in ten.
 
-    A normal prediction limit: with 90 % probability all `unseen` values lie above it (Bonferroni
-    over them), given that values scatter as the sample does. Never above the worst value seen.
+    A normal tolerance limit: that is so with 95 % confidence, given that values scatter as the
+    sample does (Bonferroni over the unseen ones). Never above the worst value seen.
 
     Args:
         values: The sample, two or more values.
@@ -97,10 +99,11 @@ def worst_lower_bound(values: Sequence[float], unseen: int) -> float:
     return float(min(sample.min(), sample.mean() - below))
 
 
+@cache
 def worst_below(count: int, unseen: int) -> float:
     """Return how many standard deviations `worst_lower_bound` of a sample lies below its mean."""
-    quantile = stats.t.ppf(1.0 - 0.10 / unseen, count - 1)
-    return float(quantile * np.sqrt(1.0 + 1.0 / count))
+    deep = stats.norm.ppf(1.0 - (1.0 - _PROMISED) / unseen) * np.sqrt(count)
+    return float(stats.nct.ppf(CONFIDENCE, count - 1, deep) / np.sqrt(count))
 
 
 def mean_below(count: int, confidence: float = CONFIDENCE) -> float:
