@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ditune.db.record import Status
-from ditune.db.records import Interval, PolicyFile, Profile, Quality, Study, Trial
+from ditune.db.records import Constraint, Interval, PolicyFile, Profile, Quality, Study, Trial
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +58,21 @@ class Expected:
     parts_ms: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class TierShown:
+    """One of several trade-offs of a run.
+
+    Attributes:
+        name: Under which it is looked up.
+        floors: What it was asked to hold.
+        chosen: The policy that held on unseen prompts; None if none did.
+    """
+
+    name: str
+    floors: tuple[Constraint, ...]
+    chosen: PolicyFile | None
+
+
 @dataclass(frozen=True, eq=False)
 class ReportContent:
     """Everything that one page is made of.
@@ -71,6 +86,7 @@ class ReportContent:
         fewer_steps: The baseline of fewer steps; None if it was not run.
         cache_bytes: What the chosen policy's caches hold; None if that is not known.
         expected: What its work lets expect; None if that is not known.
+        tiers: The trade-offs of the run, in order; all else is about that of the study.
     """
 
     study: Study
@@ -81,3 +97,4 @@ class ReportContent:
     fewer_steps: FewerSteps | None = None
     cache_bytes: int | None = None
     expected: Expected | None = None
+    tiers: tuple[TierShown, ...] = ()

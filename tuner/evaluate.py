@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -96,6 +97,12 @@ class Evaluator:
         self._plain_scores: defaultdict[Case, dict[str, float]] = defaultdict(dict)
         self._flip = False
         self._reference = plain or self
+
+    def under(self, constraints: Sequence[Constraint]) -> Self:
+        """Return an evaluator of the same source under other floors; plain videos are shared."""
+        other = copy(self)
+        other.constraints = tuple(constraints)
+        return other
 
     def plain(self, case: Case) -> np.ndarray:
         """Return the plain video of a case, [frames, height, width, 3] in [0, 1]."""

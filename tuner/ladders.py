@@ -19,6 +19,7 @@ from ditune.tuner.budgets import Bracket, bracket, next_level
 from ditune.tuner.frontier import foreseeable, proposed
 from ditune.tuner.handoffs import first_guess, large_window, latest
 from ditune.tuner.space import EARLY, Proposal, Space
+from ditune.tuner.verdict import undecided
 
 # how many steps more than held, and the place in EARLY
 _LONGER = ((0, 2), (1, 0), (1, 2), (2, 0), (2, 2), (3, 0))
@@ -48,7 +49,7 @@ class Ladders:
 
     def next(self, done: Sequence[Trial]) -> Proposal | None:
         """Return the next proposal that was not tried yet, None when enough is known."""
-        tried = {trial.policy.id for trial in done}
+        tried = {trial.policy.id for trial in done if not undecided(trial)}
         if foreseeable(self._space, done):
             return self._foreseen(done, tried)
         for proposal in self._proposals(done):
@@ -222,7 +223,8 @@ def _levels(
 ) -> Iterator[tuple[int, bool]]:
     """Yield the levels of those trials that a ladder proposed, and whether they may hold."""
     for trial in trials:
-        found = level(trial.policy) if trial.source == "prior" else None
+        climbed = trial.source == "prior" and not undecided(trial)
+        found = level(trial.policy) if climbed else None
         if found is not None:
             yield found, trial.state == "complete" and trial.reason is None
 

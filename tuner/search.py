@@ -29,7 +29,7 @@ from ditune.tuner.here import Here
 from ditune.tuner.ladders import Ladders
 from ditune.tuner.pace import Pace
 from ditune.tuner.space import Proposal, Space
-from ditune.tuner.verdict import now
+from ditune.tuner.verdict import now, undecided, with_known
 from ditune.tuner.worker import Worker, patiently
 
 _CASES_PER_PAIR = 8  # of a trial, at least one pair; confirmation takes one per prompt
@@ -96,6 +96,7 @@ class Search:
             seed=seed, deterministic_objective=False, n_startup_trials=_STARTUP_TRIALS
         )
         self._seed = seed
+        self._known: tuple[Trial, ...] = ()
         self._pending: dict[str, _Pending] = {}
         self._numbers = itertools.count()
 
@@ -132,7 +133,12 @@ class Search:
         """Optuna's study."""
         return self._asking.study
 
-    def run(self, budget: Budget, progress: Callable[[Trial, int], None]) -> list[Trial]:
+    def run(
+        self,
+        budget: Budget,
+        progress: Callable[[Trial, int], None],
+        known: Sequence[Trial] = (),
+    ) -> list[Trial]:
         """Evaluate until the budget is spent; trials of earlier runs of the study count.
 
         A database that goes away is waited for; the search then goes on as if it began anew.
@@ -140,12 +146,15 @@ class Search:
         Args:
             budget: Policies in all, and seconds for this run.
             progress: Called after every trial with it and the number of trials so far.
+            known: What earlier searches measured on the same cases, judged under these floors (see
+                `verdict.rejudged`). It guides this one and is no part of it.
 
         Raises:
             UsageFault: Another process searches this study.
             StoreLost: The database stayed away.
         """
         ends = time.monotonic() + budget.seconds
+        self._known = tuple(known)
         jobs = self.store.jobs
         while True:
             try:
@@ -158,6 +167,10 @@ class Search:
                 self._asking = patiently(
                     lambda: Asking(self.name, self._storage_url, self._sampler, self._seed)
                 )
+
+    def _decided(self, done: Sequence[Trial]) -> list[Trial]:
+        """Return every trial whose policy need not run again."""
+        return [trial for trial in with_known(self._known, done) if not undecided(trial)]
 
     def _go_on(
         self,
@@ -222,7 +235,7 @@ class Search:
             return self._place(*own, done)
         asked, source = self._asking.ask(self.space.distributions)
         policy = self.space.policy(asked.params)
-        known = next((t for t in done if t.policy.id == policy.id), None)
+        known = next((t for t in self._decided(done) if t.policy.id == policy.id), None)
         if known is not None:
             self._tell([asked], known, done)
             return True
@@ -256,7 +269,7 @@ class Search:
     ) -> bool:
         """Let a point of our own be evaluated; return whether its policy was known already."""
         taken = [each.job.policy for each in self._pending.values()]
-        taken += [trial.policy for trial in done]
+        taken += [trial.policy for trial in self._decided(done)]
         if any(policy.id == each.id for each in taken):
             return True
         job = self._job(policy, source)
@@ -289,9 +302,12 @@ class Search:
 
     def _proposed(self, done: Sequence[Trial]) -> Proposal | None:
         """Return the next proposal of the ladders, None when enough is known."""
-        if not done and not self._pending:
+        if not with_known(self._known, done) and not self._pending:
             return self.space.baseline()
-        found = (self._ladders.next(imagined) for imagined in self._imagined(done))
+        found = (
+            self._ladders.next(with_known(self._known, imagined))
+            for imagined in self._imagined(done)
+        )
         return next((proposal for proposal in found if proposal is not None), None)
 
     def _imagined(self, done: Sequence[Trial]) -> Iterator[list[Trial]]:
@@ -322,7 +338,7 @@ class Search:
             if trial.state == "failed":
                 self._asking.give_up(each)
             else:
-                pace = Pace(done, self.space.sigmas)
+                pace = Pace(with_known(self._known, done), self.space.sigmas)
                 self._asking.tell(each, trial, 1.0 / pace.speedup(trial))
 
     def _withdraw(self) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -47,31 +47,85 @@ def trial_of(job: Job, found: Found, duration_s: float) -> Trial:
     no value is so extreme that it spoils what it learnt of others.
     """
     if found.unfit:
-        rejected, reason = True, f"it cannot run here: {found.unfit}"
-        missed = {constraint.name: _UNFIT for constraint in job.constraints}
+        judged = _unfit(job.constraints)
+        judged["reason"] = f"it cannot run here: {found.unfit}"
     else:
-        rejected = len(found.values) < len(job.prompts)
-        reason = (hopeless if rejected else missed_for_sure)(job.constraints, found.values)
-        missed = violations(job.constraints, found.values)
+        whole = len(found.values) == len(job.prompts)
+        judged = _judged(job.constraints, found.values, whole=whole)
     return Trial(
         uuid=job.uuid,
         study=job.study,
         number=job.number,
         source=job.source,
         policy=job.policy,
-        state="rejected" if rejected else "complete",
         speedup=found.speedup,
         work_ratio=found.work_ratio,
-        quality=summarise(job.constraints, found.values) if found.values else {},
         scores=tuple(
             Score(seed=seed, values=values)
             for seed, values in zip(job.seeds, found.values, strict=False)
         ),
-        violation=missed,
-        reason=reason or None,
         duration_s=duration_s,
         created_at=now(),
+        **judged,
     )
+
+
+def rejudged(
+    trial: Trial, constraints: Sequence[Constraint], seeds: Collection[int]
+) -> Trial | None:
+    """Return what a trial of another search says under other floors, without running anything.
+
+    One that was given up under floors that these do not repeat stays rejected, without a reason:
+    see `undecided`. None where the machine failed, or where not all metrics were scored.
+
+    Args:
+        trial: It keeps its uuid, its study and its number.
+        constraints: The floors.
+        seeds: Of the videos that a trial under these floors takes.
+    """
+    if trial.state == "rejected" and not trial.quality:  # it cannot run, whatever the floors
+        return trial.model_copy(update=_unfit(constraints))
+    metrics = {constraint.metric for constraint in constraints}
+    values = [score.values for score in trial.scores if score.seed in seeds]
+    if trial.state == "failed" or not values or any(metrics - each.keys() for each in values):
+        return None
+    whole = trial.state == "complete" and len(values) == len(seeds)
+    return trial.model_copy(update=_judged(constraints, values, whole=whole))
+
+
+def undecided(trial: Trial) -> bool:
+    """Whether a trial was given up under other floors than those that it is looked at with."""
+    return trial.state == "rejected" and trial.reason is None
+
+
+def with_known(known: Sequence[Trial], trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials of a search after those of others; of a policy in both its own one counts.
+
+    Args:
+        known: Of other searches, judged under the same floors.
+        trials: Of this one.
+    """
+    tried = {trial.policy.id for trial in trials}
+    return [*(trial for trial in known if trial.policy.id not in tried), *trials]
+
+
+def _judged(
+    constraints: Sequence[Constraint], values: Sequence[Mapping[str, float]], *, whole: bool
+) -> dict[str, Any]:
+    """Return what values mean under some floors, as fields of a trial."""
+    reason = (missed_for_sure if whole else hopeless)(constraints, values)
+    return {
+        "state": "complete" if whole else "rejected",
+        "quality": summarise(constraints, values),
+        "violation": violations(constraints, values),
+        "reason": reason or None,
+    }
+
+
+def _unfit(constraints: Sequence[Constraint]) -> dict[str, Any]:
+    """Return what it means that a policy cannot run, but for the reason."""
+    missed = {constraint.name: _UNFIT for constraint in constraints}
+    return {"state": "rejected", "quality": {}, "violation": missed}
 
 
 def search_speedup(outcomes: Sequence[Outcome]) -> float:

@@ -67,3 +67,17 @@ def test_fewest_steps_hold_the_floors_and_one_fewer_does_not(source: FolderSourc
     assert loose.speedup.n == 2
     strict = fewest_steps(Evaluator(source, parse_constraints("psnr>=99")), cases)
     assert (strict.steps, strict.speedup, strict.quality) == (STEPS, None, {})
+
+
+def test_under_other_floors_the_plain_videos_are_the_same(evaluator: Evaluator) -> None:
+    case = Case(evaluator.source.calibration[0], 5)
+    video = evaluator.plain(case)
+    other = evaluator.under(parse_constraints("ssim>=0.5"))
+    assert (other.knows(case), other.plain(case) is video) == (True, True)
+    outcome = other.measure(HALF, case, paired=False)
+    assert set(outcome.values) == {"ssim"}
+    assert outcome.earlier_ms is not None
+    second = Case(evaluator.source.calibration[1], 6)
+    made = other.plain(second)
+    assert evaluator.plain(second) is made
+    assert set(evaluator.plain_values(case)) == {"psnr", "judge"}
