@@ -83,9 +83,11 @@ class Session:
         goals = goals_of(self.tiers, self.evaluator, self.options, recorded, self._note)
         self._require_expected([goal.settings for goal in goals])
         found: dict[str, TierResult] = {}
+        earlier: list[Trial] = []
         for goal in goals:
-            known = [trial for each in found.values() for trial in each.trials]
-            found[goal.tier.name] = self._reach(goal, recorded.profile, known, storage_url)
+            reached = self._reach(goal, recorded.profile, earlier, storage_url)
+            found[goal.tier.name] = reached
+            earlier = with_known(earlier, reached.trials)
         first = found[self.tiers[0].name]
         frames = self._frames(first.policy_file)
         return Result(
