@@ -30,7 +30,7 @@ help:  ## show this list
 setup: $(DEV)  ## make .venv with everything for development
 
 tune: $(BASE)  ## tune the embedded miniature model: make tune ARGS="--trials 20"
-	$(BIN)/tune run --miniature --time-limit 1.5 $(ARGS)
+	$(BIN)/tune run --miniature --time-limit 4 $(ARGS)
 
 test: $(DEV)  ## run the tests: make test ARGS="tests/db -k lookup"
 	$(BIN)/python -m pytest $(ARGS)

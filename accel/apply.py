@@ -58,6 +58,11 @@ class Summary:
     peak_weight_bytes: int  # of the large and the small model, on the device together
     trips: tuple[str, ...]
 
+    @property
+    def work_share(self) -> float:
+        """The share of the plain call's blocks that ran: all of them where no policy did."""
+        return 1.0 / self.work_ratio if self.policy_id is not None else 1.0
+
     def __str__(self) -> str:
         """Say it in two lines."""
         steps = ", ".join(f"{count} {action}" for action, count in sorted(self.steps.items()))

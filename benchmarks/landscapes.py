@@ -3,8 +3,8 @@
 An error of a reused step grows with the age of what is reused, at a rate that differs from step to
 step; errors add up over a video. So the best mask of every budget is found exactly. A profile shows
 the rates only in part, as real ones do: how far outputs move, not by how much an error that is made
-there grows until the end. Prompts differ, latencies are noisy, and on one kind of landscape quality
-falls off a cliff where too long a gap comes early.
+there grows until the end. Prompts differ and latencies are noisy. On one kind of landscape quality
+falls off a cliff where too long a gap comes early; on another each prompt falls off one of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ from ditune.tuner.evaluate import Case, Outcome, one_by_one
 from ditune.tuner.quality import parse_constraints
 from ditune.tuner.space import Space
 
+Kind = Literal["smooth", "cliff", "own cliffs"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 SEARCH_PROMPTS = tuple(f"prompt {n}" for n in range(0, 200, 2))
 PROOF_PROMPTS = tuple(f"prompt {n}" for n in range(1, 200, 2))
 FLOORS = "psnr>=35,psnr_worst>=27"
@@ -38,7 +41,8 @@ _REUSED = 0.01  # what a reused step costs, in full steps
 _CAP_DB = 100.0
 _PROMPT_SD, _OWN_SD = 2.5, 0.5  # dB: between prompts, and of a policy on a prompt
 _LATENCY_SD, _OUTLIERS = 0.02, 0.05
-_CLIFF_DB, _CLIFF_WIDTH, _CLIFF_SPREAD = 9.0, 0.2, 0.25  # depth; of the log of a gap's cost
+_CLIFF_DB, _CLIFF_WIDTH = 9.0, 0.2  # depth; width, in logs of a gap's cost
+_CLIFF_SPREAD = {"cliff": 0.25, "own cliffs": 1.0}  # between prompts, in logs of a gap's cost
 _UNSEEN, _PROMISED = 20, 0.9  # prompts, and how often the worst of so many holds its floor
 _EARLY = STEPS // 3
 
@@ -49,11 +53,12 @@ class Landscape:
 
     Attributes:
         seed: Of everything in it.
-        cliff: Whether quality falls off a cliff where too long a gap comes early.
+        kind: Whether quality falls off a cliff where too long a gap comes early, and whether that
+            is nearly the same for all prompts.
     """
 
     seed: int
-    cliff: bool
+    kind: Kind
     rates: np.ndarray = field(init=False)  # [steps]: error that a reused step of age 1 adds
     growth: float = field(init=False)  # power of the age with which it grows
     payload_db: dict[str, float] = field(init=False)  # what a payload loses against the usual one
@@ -62,7 +67,7 @@ class Landscape:
 
     def __post_init__(self) -> None:
         """Draw the problem; its scale is set so that the best mask has 8 to 16 of 50 steps."""
-        random = np.random.default_rng([self.seed, int(self.cliff)])
+        random = np.random.default_rng([self.seed, KINDS.index(self.kind)])
         place = np.arange(STEPS) / STEPS
         made = np.exp((1.0 - place) ** 3 + place**6 + _smooth(random, 0.5))
         early = math.exp(random.normal(math.log(5.0), 0.7))
@@ -134,7 +139,7 @@ class Landscape:
         """Return the longest early gaps to allow, as costs, the most first."""
         return (
             [math.inf, *(self.edge * f for f in np.geomspace(4.0, 0.05, 16))]
-            if self.cliff
+            if self.kind in _CLIFF_SPREAD
             else [math.inf]
         )
 
@@ -192,9 +197,9 @@ class Landscape:
         """Return what prompts lose that fall; `at` is where each does, by default all quantiles."""
         where = stats.norm.ppf((np.arange(200) + 0.5) / 200) if at is None else at
         longest = self._early_gap(chosen)
-        if not self.cliff or longest <= 0.0:
+        if self.kind not in _CLIFF_SPREAD or longest <= 0.0:
             return np.zeros_like(where)
-        past = math.log(longest / self.edge) - _CLIFF_SPREAD * where
+        past = math.log(longest / self.edge) - _CLIFF_SPREAD[self.kind] * where
         lost: np.ndarray = _CLIFF_DB * stats.norm.cdf(past / _CLIFF_WIDTH)
         return lost
 
@@ -276,6 +281,11 @@ class Simulated:
         self._landscape = landscape
         self._random = np.random.default_rng(seed)
         self._known: set[Case] = set()
+
+    @property
+    def videos(self) -> float:
+        """The same in plain videos."""
+        return self.forwards / STEPS
 
     def knows(self, case: Case) -> bool:
         """Whether the plain video of a case was generated already."""

@@ -147,6 +147,24 @@ def read(session: Session, query: Select[*Stored], where: str) -> list[PolicyFil
     return [_policy_file(row, where) for row in session.execute(query)]
 
 
+def of_transformer(session: Session, transformer_class: str, where: str) -> list[PolicyFile]:
+    """Return every policy that was proved for a class of models, the last stored first.
+
+    Raises:
+        CorruptData: A row was changed after it was stored, or is of a newer format.
+    """
+    keys = [
+        key
+        for key, workload in session.execute(select(WorkloadRow.key, WorkloadRow.body))
+        if _workload(key, workload, where).transformer_class == transformer_class
+    ]
+    return read(session, stored().where(EvidenceRow.workload_key.in_(keys)), where)
+
+
+def _workload(key: str, workload: str, where: str) -> Workload:
+    return parse_addressed(Workload, workload, key, f"a workload in {where}")
+
+
 def _policy_file(row: Row[*Stored], where: str) -> PolicyFile:
     digest, version, policy, hardware_key, hardware, *rest = row
     software_key, software, workload_key, workload, evidence = rest
@@ -160,6 +178,6 @@ def _policy_file(row: Row[*Stored], where: str) -> PolicyFile:
         policy=parse_addressed(Policy, policy, digest, f"a policy in {where}"),
         hardware=parse_addressed(Hardware, hardware, hardware_key, f"a hardware in {where}"),
         software=parse_addressed(Software, software, software_key, f"a software in {where}"),
-        workload=parse_addressed(Workload, workload, workload_key, f"a workload in {where}"),
+        workload=_workload(workload_key, workload, where),
         evidence=parse(Evidence, evidence, f"a piece of evidence in {where}"),
     )

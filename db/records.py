@@ -16,6 +16,7 @@ from ditune.db.policy import Policy
 from ditune.db.record import Count, Digest, Name, Positive, Record, Status, Timestamp
 
 SCHEMA_VERSION = 1
+Proposer = Literal["baseline", "default", "prior", "warm", "search", "confirmation"]
 Location = Annotated[str, StringConstraints(min_length=1, max_length=4096)]  # a folder or hub id
 
 # --- where and with what ---------------------------------------------------------------------
@@ -190,6 +191,19 @@ class Quality(Record):
     n: Positive
 
 
+class SearchFigures(Record):
+    """What the search saw of a policy on its own few prompts: why it was looked at, never a proof.
+
+    Of a policy that the search never tried it saw nothing.
+    """
+
+    trials: Positive  # how many policies were tried
+    prompts: Count  # that this one was tried on
+    pairs: Count  # of plain and tuned runs, interleaved
+    speedup: Annotated[float, Field(gt=0)] | None  # their median, at most what the work allows
+    quality: dict[str, Quality]
+
+
 class Evidence(Record):
     """What a policy was proved to give, where, and how; a number never loses its status."""
 
@@ -204,6 +218,7 @@ class Evidence(Record):
     git_commit: Name | None
     created_at: Timestamp
     status: Status
+    search: SearchFigures | None = None  # all others are of the proof
 
 
 class PolicyFile(Record):
@@ -271,10 +286,11 @@ class Trial(Record):
     uuid: Name
     study: Name
     number: Count
-    source: Literal["baseline", "default", "prior", "search", "confirmation"]
+    source: Proposer
     policy: Policy
     state: Literal["complete", "rejected", "failed"]
-    speedup: Annotated[float, Field(gt=0)] | None  # median of interleaved pairs
+    speedup: Annotated[float, Field(gt=0)] | None  # median of interleaved pairs, see `pairs`
+    pairs: Count | None = None  # 0: the speedup is what the study's other trials let expect
     work_ratio: Annotated[float, Field(gt=0)] | None  # full compute / what ran, in block calls
     quality: dict[str, Quality]
     scores: tuple[Score, ...] = ()  # of each video, in the order they were made
@@ -282,6 +298,7 @@ class Trial(Record):
     reason: str | None
     duration_s: Annotated[float, Field(ge=0)]
     created_at: Timestamp
+    videos: Annotated[float, Field(ge=0)] | None = None  # plain ones' worth of compute that it took
 
     @property
     def feasible(self) -> bool:
@@ -300,6 +317,17 @@ class Origin(Record):
     call: dict[str, int | float | str] = Field(default_factory=dict)  # besides prompt and generator
 
 
+class Expectation(Record):
+    """By how much a metric usually differs between the videos of a job, whatever the policy.
+
+    In decibels where the metric has a level in them, else in its own unit.
+    """
+
+    differences: tuple[float, ...]  # of each video from their mean, in the order of the job
+    sd: Annotated[float, Field(gt=0)]  # of what a further policy gives one video beside that
+    freedom: Positive  # degrees of freedom that this rests on
+
+
 class Job(Record):
     """One evaluation that was asked for: everything that a process elsewhere needs to do it.
 
@@ -310,14 +338,17 @@ class Job(Record):
     uuid: Name
     study: Name
     number: Count
-    source: Literal["baseline", "default", "prior", "search", "confirmation"]
+    source: Proposer
     policy: Policy
     constraints: tuple[Constraint, ...]
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    pairs: Positive  # how many of the last cases the plain pipeline runs beside
+    pairs: Count  # how many of the last cases the plain pipeline runs beside
+    expected_speedup: Annotated[float, Field(gt=0)] | None = None  # where there are no pairs
     limit_s: Annotated[float, Field(gt=0)] | None = None  # what takes longer hangs
     origin: Origin | None = None
+    expected: dict[str, Expectation] = Field(default_factory=dict)  # by metric, once it is known
+    faster_than: Annotated[float, Field(gt=0)] | None = None  # a speedup; less is of no use
 
     @model_validator(mode="after")
     def _one_seed_per_prompt(self) -> Self:

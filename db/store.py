@@ -164,6 +164,11 @@ class Store(Transactions):
         with self._reading() as session:
             return policies.read(session, policies.stored(), self.where)
 
+    def policies_of(self, transformer_class: str) -> list[PolicyFile]:
+        """Return every policy that was proved for a class of models, the last stored first."""
+        with self._reading() as session:
+            return policies.of_transformer(session, transformer_class, self.where)
+
     def policy(self, prefix: str) -> PolicyFile:
         """Return the policy whose id begins with `prefix`, with its newest evidence.
 

@@ -31,9 +31,15 @@ _Key = tuple[int, str]
 
 
 def impacts(
-    pipe: Any, prompt: str, *, call: Mapping[str, Any], seed: int = 0, at: tuple[float, ...] = _AT
+    pipe: Any,
+    prompt: str,
+    *,
+    call: Mapping[str, Any],
+    seed: int = 0,
+    at: tuple[float, ...] = _AT,
+    spent: Callable[[int], None] = lambda _: None,
 ) -> Impacts | None:
-    """Measure the impacts of a pipeline; costs about two generations.
+    """Measure the impacts of a pipeline; costs up to four generations.
 
     Args:
         pipe: A diffusers pipeline without ditune on.
@@ -41,14 +47,29 @@ def impacts(
         call: The pipeline's arguments besides the prompt.
         seed: Of the noise that generation starts from.
         at: Where noise is added, as fractions of the steps; impacts are averaged over them.
+        spent: Called at the end with the number of forwards that it took.
 
     Returns:
         None where the pipeline does not say which branch runs.
     """
     study = _Study(pipe, prompt, {**call, "output_type": "latent"}, seed)
+    found = _measured(study, at)
+    spent(study.forwards)
+    if "step" not in found:
+        return None
+    largest = max(found.values())
+    return Impacts(
+        step=found["step"] / largest,
+        cfg=found["cfg"] / largest if "cfg" in found else None,
+        block=found["block"] / largest if "block" in found else None,
+    )
+
+
+def _measured(study: _Study, at: tuple[float, ...]) -> dict[Granularity, float]:
+    """Return by how much errors of each granularity grow."""
     plain = study.run(None, 0)
     if not study.outputs:
-        return None
+        return {}
     steps = 1 + max(step for step, _ in study.outputs)
     branches = {branch for _, branch in study.outputs}
     kinds: list[Granularity] = ["step"]
@@ -63,14 +84,7 @@ def impacts(
                 ratios.append(float(relative_l1(final, plain)) / mean(study.injected))
         if ratios and mean(ratios) > 0:
             found[kind] = mean(ratios)
-    if "step" not in found:
-        return None
-    largest = max(found.values())
-    return Impacts(
-        step=found["step"] / largest,
-        cfg=found["cfg"] / largest if "cfg" in found else None,
-        block=found["block"] / largest if "block" in found else None,
-    )
+    return found
 
 
 class _Study:
@@ -81,6 +95,7 @@ class _Study:
         self.outputs: dict[_Key, Output] = {}  # of the plain run
         self.injected: list[float] = []  # relative size of the noise, once for each branch
         self.stacks = {id(model): BlockStack(model) for model in denoisers(pipe)}
+        self.forwards = 0  # run so far
         self.kind: Granularity | None = None
         self.at = 0
         self._locator = Locator(pipe)
@@ -107,7 +122,7 @@ class _Study:
         """Do one forward of the run that is on."""
         where = self._locator.locate(hook.context(), kwargs)
         if where is None:
-            return hook.original(*args, **kwargs)
+            return self._run(hook, args, kwargs)
         key = (where.step, where.branch)
         if self.kind is None:
             return self._plain(hook, module, args, kwargs, key)
@@ -115,11 +130,15 @@ class _Study:
             known = self.outputs[key]
             return known.rebuild(known.sample)
         if where.step > self.at:
-            return hook.original(*args, **kwargs)
+            return self._run(hook, args, kwargs)
         if self.kind == "block":
             return self._noisy_blocks(hook, module, args, kwargs)
-        output = Output.of(hook.original(*args, **kwargs))
+        output = Output.of(self._run(hook, args, kwargs))
         return output.rebuild(self._noisy(output.sample, where))
+
+    def _run(self, hook: ForwardHook, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.forwards += 1
+        return hook.original(*args, **kwargs)
 
     def _plain(
         self,
@@ -131,7 +150,7 @@ class _Study:
     ) -> Any:
         stack = self.stacks[id(module)]
         with stack.recording([(1, 0)]):  # learns how blocks hang together
-            returned = hook.original(*args, **kwargs)
+            returned = self._run(hook, args, kwargs)
         self.outputs[key] = Output.of(returned)
         return returned
 
@@ -160,7 +179,7 @@ class _Study:
     ) -> Any:
         stack = self.stacks[id(module)]
         with stack.recording([(1, 0)]) as recording:
-            output = hook.original(*args, **kwargs)
+            output = self._run(hook, args, kwargs)
         residual = recording.residuals[0]
         if residual is None:
             return output
@@ -168,7 +187,7 @@ class _Study:
         self._note(noise[0], residual[0])
         noisy = tuple(r + n for r, n in zip(residual, noise, strict=True))
         with stack.replacing((1, 0), noisy):
-            return hook.original(*args, **kwargs)
+            return self._run(hook, args, kwargs)
 
     def _like(self, target: Tensor) -> Tensor:
         """Return noise for a tensor, the same on every device."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from ditune.db.records import Profile
 from ditune.profiler.timing import OUTSIDE
 
+_DENOISERS = ("transformer", "transformer_2")  # as a profile names them
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -21,7 +23,7 @@ class Parts:
 def parts_of(profile: Profile) -> Parts | None:
     """Return the parts of a profile's calls, None where the transformer was not timed."""
     spent = {layer.name: layer.median_ms * layer.n for layer in profile.layers}
-    denoising = sum(spent.get(name, 0.0) for name in ("transformer", "transformer_2"))
+    denoising = sum(spent.get(name, 0.0) for name in _DENOISERS)
     if denoising <= 0.0:
         return None
     found = (
@@ -33,6 +35,12 @@ def parts_of(profile: Profile) -> Parts | None:
     # layers are timed in a call of their own, with clocks on: their shares count, not their sum
     scale = profile.total_ms / sum(found)
     return Parts(*(scale * part for part in found))
+
+
+def forwards_of(profile: Profile) -> int:
+    """Return how often one plain call runs a denoiser, at least once."""
+    counts = {layer.name: layer.n for layer in profile.layers}
+    return max(sum(counts.get(name, 0) for name in _DENOISERS), 1)
 
 
 def speedup_of_work(parts: Parts, work_ratio: float) -> float:

@@ -27,12 +27,14 @@ _WARMUP_STEPS = 2  # they touch every part once
 class Recorded:
     """A profile, the plain trajectories that masks are made from, and what the pipeline returned.
 
-    There is one output for each prompt, in order: a search compares with them.
+    There is one output for each prompt, in order: a search compares with them. `videos` is how many
+    plain ones' worth of compute it took; a forward of the small model counts as one.
     """
 
     profile: Profile
     trajectories: tuple[Trajectory, ...]
     outputs: tuple[Any, ...] = ()
+    videos: float = 0.0
 
 
 def profile(
@@ -115,7 +117,10 @@ def record(
         clocks=None,
         forward_bytes=watched.redundancy.forward_bytes(),
     )
-    return Recorded(found, watched.trajectories.trajectories(), tuple(outputs))
+    warmup = _WARMUP_STEPS / found.workload.steps if _short(arguments) else 1.0
+    passes = 3 if small is not None else 2  # timed and watched, and the small model beside it
+    videos = warmup + 1.0 + passes * len(prompts)
+    return Recorded(found, watched.trajectories.trajectories(), tuple(outputs), videos)
 
 
 def _short(arguments: Mapping[str, Any]) -> dict[str, int]:

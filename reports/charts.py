@@ -21,6 +21,7 @@ from ditune.reports.words import (
 )
 
 NONE = "\u2013"  # what a table shows where there is no value
+_UNTIMED = " by work"  # of a speedup that other trials let expect
 _ENDINGS: dict[gather.Verdict, str] = {
     "feasible": "holds the floors",
     "infeasible": "misses a floor",
@@ -74,6 +75,8 @@ def trials_table(content: ReportContent) -> Table:
             for c in asked
         )
         speedup = factor(trial.speedup) if trial.speedup is not None else NONE
+        if trial.pairs == 0 and trial.source != "baseline":
+            speedup += _UNTIMED
         return (
             str(trial.number),
             trial.source,

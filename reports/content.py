@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ditune.db.cost import Cost
 from ditune.db.record import Status
 from ditune.db.records import Constraint, Interval, PolicyFile, Profile, Quality, Study, Trial
 
@@ -87,6 +88,7 @@ class ReportContent:
         cache_bytes: What the chosen policy's caches hold; None if that is not known.
         expected: What its work lets expect; None if that is not known.
         tiers: The trade-offs of the run, in order; all else is about that of the study.
+        cost: What the whole session took; None if that is not known.
     """
 
     study: Study
@@ -98,3 +100,4 @@ class ReportContent:
     cache_bytes: int | None = None
     expected: Expected | None = None
     tiers: tuple[TierShown, ...] = ()
+    cost: Cost | None = None

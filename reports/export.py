@@ -36,6 +36,7 @@ def _row(trial: Trial) -> dict[str, object]:
         "handoff": handoff.mode if handoff is not None else "none",
         "handoff_sigma": handoff.sigma if isinstance(handoff, Handoff) else None,
         "speedup": trial.speedup,
+        "pairs": trial.pairs,
         "work_ratio": trial.work_ratio,
     }
     for name, quality in trial.quality.items():

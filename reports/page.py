@@ -80,6 +80,8 @@ def _evidence(content: ReportContent) -> dict[str, Any]:
         "fewer_rows": gather.quality_rows(settings, (fewer.quality or {}) if fewer else {}),
         "strips": tuple(zip(strips, shown_clips(given[: len(strips)]), strict=True)),
         "strips_given": len(content.frames),
+        "searched": summary.searched_in_words(evidence),
+        "cost": words.cost_in_words(content.cost) if content.cost is not None else "",
         "agreement": summary.agreement_in_words(content),
         "profile_words": summary.profile_in_words(content.profile),
         "trials": charts.trials_table(content),

@@ -10,7 +10,14 @@ from ditune.db.records import Evidence, Profile, Trial, Workload
 from ditune.reports import gather
 from ditune.reports.charts import ending
 from ditune.reports.content import ReportContent
-from ditune.reports.words import duration, factor, interval, metric_label, number
+from ditune.reports.words import (
+    duration,
+    factor,
+    interval,
+    metric_label,
+    number,
+    search_in_words,
+)
 
 STATUS_WORDS: dict[Status, str] = {
     "measured": "run and timed on this hardware",
@@ -198,6 +205,13 @@ def _search(content: ReportContent) -> list[tuple[str, str]]:
             ("commit", evidence.git_commit or "not known"),
         ]
     return rows
+
+
+def searched_in_words(evidence: Evidence | None) -> str:
+    """Say what the search saw of a policy, apart from its proof; empty where that is not kept."""
+    if evidence is None or evidence.search is None:
+        return ""
+    return f"No part of this proof: {search_in_words(evidence.search)}"
 
 
 def agreement_in_words(content: ReportContent) -> str:

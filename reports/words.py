@@ -9,6 +9,7 @@ import math
 import unicodedata
 from collections import Counter
 
+from ditune.db.cost import Cost
 from ditune.db.policy import (
     Action,
     BandedHandoff,
@@ -19,7 +20,7 @@ from ditune.db.policy import (
     Policy,
     RuleCache,
 )
-from ditune.db.records import Constraint, Interval
+from ditune.db.records import Constraint, Interval, Quality, SearchFigures
 
 ACTIONS: tuple[Action, ...] = ("full", "step", "cfg", "block")
 ACTION_WORDS: dict[Action, str] = {
@@ -136,6 +137,37 @@ def factor(value: float) -> str:
 def interval(found: Interval) -> str:
     """Return the bounds of a speedup's 95 % interval: "1.81x to 1.93x"."""
     return f"{factor(found.ci95[0])} to {factor(found.ci95[1])}"
+
+
+def search_in_words(found: SearchFigures) -> str:
+    """Say what a search saw of a policy, in words that nobody takes for a proof."""
+    tried = "1 policy" if found.trials == 1 else f"{found.trials} policies"
+    if found.prompts == 0:
+        return f"The search tried {tried} and never this one: it was only predicted."
+    seen = [f"{name} {number(_bounded(name, quality))}" for name, quality in found.quality.items()]
+    if found.speedup is not None:
+        pairs = "1 pair" if found.pairs == 1 else f"{found.pairs} pairs"
+        seen.insert(0, f"{factor(found.speedup)} ({pairs})")
+    prompts = "1 prompt" if found.prompts == 1 else f"{found.prompts} prompts"
+    return (
+        f"The search, which chose among {tried}, saw {', '.join(seen)} on {prompts} of its own; a "
+        "choice leans on luck."
+    )
+
+
+def cost_in_words(cost: Cost) -> str:
+    """Say what a session took, part by part."""
+    stages = {"profile": cost.profile, "search": cost.search, "proof": cost.proof}
+    times = ", ".join(f"{name} {spent.seconds:.0f} s" for name, spent in stages.items())
+    videos = ", ".join(f"{name} {spent.videos:.1f}" for name, spent in stages.items())
+    return (
+        f"{cost.seconds:.0f} s ({times}) and the compute of {cost.videos:.1f} plain videos "
+        f"({videos}), {cost.forwards:,} forwards"
+    )
+
+
+def _bounded(name: str, quality: Quality) -> float:
+    return quality.worst if name.endswith("_worst") else quality.mean
 
 
 def memory(byte_count: int) -> str:

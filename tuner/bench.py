@@ -28,6 +28,7 @@ from ditune.tuner.peers.catalogue import PEERS
 from ditune.tuner.peers.contract import Setting
 from ditune.tuner.quality import metrics, summarise, values_of
 from ditune.tuner.search import Budget
+from ditune.tuner.sequential import guessed
 from ditune.tuner.source import Source
 from ditune.tuner.verdict import hopeless, now, violations
 
@@ -238,11 +239,12 @@ class Bench:
     def _calibrated(self, name: str, setting: Setting, floors: Floors) -> set[int]:
         """Return the operations of a setting on the calibration prompts, none if it misses."""
         found: list[Measurement] = []
+        expected = guessed(floors, len(self._calibration))
         for case in self._calibration:
             found.append(self._runs.counted(name, setting, case))
             first = found[0].values
             far_off = any(first[c.metric] < c.floor - _FAR * abs(c.floor) for c in floors)
-            if far_off or hopeless(floors, [m.values for m in found]):
+            if far_off or hopeless(floors, [m.values for m in found], expected):
                 return set()
         held = max(violations(floors, [m.values for m in found]).values()) <= 0
         return {m.flops or 0 for m in found} if held else set()

@@ -17,7 +17,7 @@ from typing import Protocol
 from scipy import stats
 
 from ditune.db.policy import Policy
-from ditune.db.records import Constraint, Evidence, Interval, Quality
+from ditune.db.records import Constraint, Evidence, Interval, Quality, SearchFigures, Trial
 from ditune.profiler.statistics import CONFIDENCE, paired_speedup, worst_lower_bound
 from ditune.tuner.evaluate import Case, Evaluates, Outcome
 from ditune.tuner.quality import UNSEEN, bound_by, lower_bound, summarise
@@ -40,10 +40,11 @@ class Confirmation:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where candidates and prompts come from."""
+    """Where candidates and prompts come from; `trials` are those of the search."""
 
     study: str
     prompts_digest: str
+    trials: Sequence[Trial] = ()
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,23 @@ def _evidence(
         git_commit=_commit(),
         created_at=now(),
         status="measured",
+        search=_search_figures(best.policy, provenance.trials),
+    )
+
+
+def _search_figures(policy: Policy, trials: Sequence[Trial]) -> SearchFigures | None:
+    """Return what a search measured of a policy; what was only predicted is left out."""
+    if not trials:
+        return None
+    tried = next((t for t in trials if t.policy == policy and t.quality), None)
+    if tried is None:
+        return SearchFigures(trials=len(trials), prompts=0, pairs=0, speedup=None, quality={})
+    return SearchFigures(
+        trials=len(trials),
+        prompts=max(quality.n for quality in tried.quality.values()),
+        pairs=tried.pairs or 0,
+        speedup=tried.speedup if tried.pairs else None,
+        quality=tried.quality,
     )
 
 

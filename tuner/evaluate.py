@@ -56,6 +56,10 @@ class Evaluates(Protocol):
     def device(self) -> torch.device:
         """Where the pipeline runs."""
 
+    @property
+    def videos(self) -> float:
+        """How many plain videos' worth of compute all of it took so far."""
+
     def knows(self, case: Case) -> bool:
         """Whether the plain video of a case was generated already."""
 
@@ -76,18 +80,31 @@ class Evaluates(Protocol):
         """Measure a policy case by case."""
 
 
+@dataclass
+class _Computed:
+    """How many plain videos' worth of compute evaluators took that share them."""
+
+    videos: float = 0.0
+
+
 class Evaluator:
     """Runs a source's pipeline plain and tuned; plain videos are generated once and kept."""
 
     def __init__(
-        self, source: Source, constraints: Sequence[Constraint], plain: Evaluator | None = None
+        self,
+        source: Source,
+        constraints: Sequence[Constraint],
+        plain: Evaluator | None = None,
+        worth: float = 1.0,
     ) -> None:
         """Prepare to measure a source; nothing runs yet.
 
         Args:
             source: The pipeline and its arguments.
             constraints: What is scored.
-            plain: Compare with what this evaluator calls plain, instead of the source itself.
+            plain: Compare with what this evaluator calls plain, instead of the source itself. Its
+                `videos` then count what both take.
+            worth: Of a call without a policy, in what `plain` calls plain.
         """
         self.source = source
         self.constraints = tuple(constraints)
@@ -97,6 +114,17 @@ class Evaluator:
         self._plain_scores: defaultdict[Case, dict[str, float]] = defaultdict(dict)
         self._flip = False
         self._reference = plain or self
+        self._worth = worth
+        self._computed = _Computed()
+
+    @property
+    def videos(self) -> float:
+        """Plain ones' worth of compute so far, that under other floors included."""
+        return self._computed.videos
+
+    @videos.setter
+    def videos(self, videos: float) -> None:
+        self._computed.videos = videos
 
     def under(self, constraints: Sequence[Constraint]) -> Self:
         """Return an evaluator of the same source under other floors; plain videos are shared."""
@@ -107,7 +135,7 @@ class Evaluator:
     def plain(self, case: Case) -> np.ndarray:
         """Return the plain video of a case, [frames, height, width, 3] in [0, 1]."""
         if case not in self._plain:
-            self._plain[case], self._plain_ms[case] = self.generate(case)
+            self._plain[case], self._plain_ms[case] = self._generated(case)
         return self._plain[case]
 
     def adopt(self, case: Case, output: Any) -> None:
@@ -141,7 +169,9 @@ class Evaluator:
         """Return the video under a policy, its latency in milliseconds, and what the policy did."""
         with accelerate(self.source.pipe, policy, small=self.source.small) as applied:
             video, lasted = self.generate(case)
-            return video, lasted, applied.summary()
+            summary = applied.summary()
+        self._reference.videos += self._worth * summary.work_share
+        return video, lasted, summary
 
     def measure(self, policy: Policy, case: Case, *, paired: bool) -> Outcome:
         """Generate one case under a policy and compare it with the plain video.
@@ -177,9 +207,14 @@ class Evaluator:
 
     def baseline_ms(self, case: Case) -> float:
         """Run the plain pipeline once more and return its latency."""
-        video, lasted = self.generate(case)
+        video, lasted = self._generated(case)
         self._plain.setdefault(case, video)
         return lasted
+
+    def _generated(self, case: Case) -> tuple[np.ndarray, float]:
+        """Call the plain pipeline and count it."""
+        self._reference.videos += self._worth
+        return self.generate(case)
 
     def generate(
         self, case: Case, changes: Mapping[str, Any] = MappingProxyType({})

@@ -63,10 +63,12 @@ def _shorter(evaluator: Evaluator, steps: int) -> Evaluator:
     """Return an evaluator of the pipeline with fewer steps that compares with the full number."""
     source = evaluator.source
     call: dict[str, Any] = {**source.call, "num_inference_steps": steps}
+    worth = steps / int(source.call["num_inference_steps"])
     return Evaluator(
         FolderSource(source.name, source.pipe, None, call, source.calibration, source.held_out),
         evaluator.constraints,
         plain=evaluator,
+        worth=worth,
     )
 
 

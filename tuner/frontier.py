@@ -17,10 +17,11 @@ import numpy as np
 from scipy import stats
 
 from ditune.db.policy import Action, Form, MaskCache, Payload, Policy
-from ditune.db.records import Quality, Trial
+from ditune.db.records import Quality, Score, Trial
 from ditune.profiler.statistics import mean_below, worst_below
-from ditune.tuner.pace import Pace
+from ditune.tuner.pace import Pace, whole_mask
 from ditune.tuner.quality import UNSEEN, in_decibels
+from ditune.tuner.sequential import pattern
 from ditune.tuner.space import Proposal, Space
 from ditune.tuner.surrogate import Seen, Surrogate
 from ditune.tuner.verdict import undecided
@@ -28,8 +29,8 @@ from ditune.tuner.verdict import undecided
 _SPREAD_DB, _SPREAD_WEIGHT = 2.0, 4.0  # between prompts before any is seen; worth so many
 _SAME_SD = 0.5  # dB: what the surrogate cannot know of a mask on given prompts
 _OWN_SHARE, _TRIED_SD = 0.7, 0.25  # of a surprise that is the mask's own; dB that stay unknown
+_FAR = 0.1  # of the distance to the floor, by which the surrogate may be off there
 _GROWTH = 1.4  # of the computed steps, while several are tried at once
-_WHOLE = {"full", "step"}
 _ORDERS = (1, 2, 0)
 
 
@@ -41,6 +42,7 @@ class Glimpse:
     quality: Mapping[str, Quality]
     spreads: Mapping[str, float] | None = None  # of metrics between prompts, in decibels
     elsewhere: bool = False  # whether the prompts were not those of the search
+    scores: Sequence[Score] = ()  # of each prompt
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Frontier:
         self._space = space
         trials = [trial for trial in trials if trial.quality]  # not those that failed
         self._pace = Pace(trials, space.sigmas)
-        seen = [Glimpse(t.policy, t.quality) for t in trials]
+        seen = [Glimpse(t.policy, t.quality, _spreads_in(t), scores=t.scores) for t in trials]
         self._others = [
             t
             for t in trials
@@ -87,6 +89,8 @@ class Frontier:
         names = {name for trial in trials for name in trial.quality}
         self._floors = {name: self._floor(name, trials) for name in names}
         self._spreads = {m: self._spread(m) for m in {_metric(name) for name in names}}
+        self._seeds = sorted({score.seed for trial in trials for score in trial.scores})
+        self._patterns = {m: pattern(m, trials, self._seeds) for m in self._spreads}
         self._surrogates = {m: self._surrogate(m) for m in self._spreads}
 
     def choices(self, *, elsewhere: bool) -> list[Choice]:
@@ -102,7 +106,7 @@ class Frontier:
         masks = dict.fromkeys(tried) | dict.fromkeys(
             MaskCache(actions=_actions(computed, space.steps), payload=payload)
             for surrogate in self._surrogates.values()
-            for computed in self._schedules.frontier(surrogate.weights)
+            for computed in self._schedules.frontier(surrogate.weights, surrogate.power)
             if space.fewest <= len(computed) < space.steps
             for payload in _payloads(space.arc_length)
         )
@@ -171,24 +175,35 @@ class Frontier:
         return _decibels(metric, floor) + mean_below(self._proof_prompts) * spread
 
     def _surrogate(self, metric: str) -> Surrogate:
-        spread, most = self._spreads[metric], self._proof_prompts
-        apart = spread * math.sqrt(1.0 / self._search_prompts + 1.0 / most)
-        seen = []
-        for glimpse in self._glimpses:
-            quality = _of(glimpse.quality, metric)
-            assert isinstance(glimpse.policy.cache, MaskCache)
-            whole = most if glimpse.elsewhere else self._search_prompts
-            partly = max(1.0 / quality.n - 1.0 / whole, 0.0) * spread**2
-            sd = math.sqrt(_SAME_SD**2 + partly)
-            level = _decibels(metric, quality.mean)
-            seen.append(Seen(glimpse.policy.cache, level, sd, glimpse.elsewhere))
-        return Surrogate(self._schedules, seen, apart)
+        apart = math.sqrt(1.0 / self._search_prompts + 1.0 / self._proof_prompts)
+        apart *= self._spreads[metric]
+        return Surrogate(self._schedules, [self._seen(metric, g) for g in self._glimpses], apart)
+
+    def _seen(self, metric: str, glimpse: Glimpse) -> Seen:
+        """Return the level that a glimpse shows, as all of its prompts would.
+
+        Where some are missing, how hard the others are is known once other trials had them all.
+        """
+        assert isinstance(glimpse.policy.cache, MaskCache)
+        quality = _of(glimpse.quality, metric)
+        whole = self._proof_prompts if glimpse.elsewhere else self._search_prompts
+        level, spread = _decibels(metric, quality.mean), self._spreads[metric]
+        missing = quality.n < whole and not glimpse.elsewhere
+        usual = self._patterns[metric] if missing and glimpse.scores else None
+        if usual is not None:
+            easier = dict(zip(self._seeds, usual.differences, strict=True))
+            level -= float(np.mean([easier[score.seed] for score in glimpse.scores]))
+            spread = usual.sd
+        partly = max(1.0 / quality.n - 1.0 / whole, 0.0) * spread**2
+        floor = self._floors.get(metric)
+        far = 0.0 if floor is None else level - _decibels(metric, floor)
+        sd = math.sqrt(_SAME_SD**2 + partly + (_FAR * far) ** 2)
+        return Seen(glimpse.policy.cache, level, sd, glimpse.elsewhere)
 
     def _spread(self, metric: str) -> float:
         """Return the standard deviation between prompts in decibels.
 
-        Trials share their prompts, and so do proofs: however many, each are one sample. Of trials
-        only mean and worst are kept.
+        Trials share their prompts, and so do proofs: however many, each are one sample.
         """
         variances, weights = [_SPREAD_DB**2], [_SPREAD_WEIGHT]
         for elsewhere in (False, True):
@@ -201,14 +216,6 @@ class Frontier:
         return math.sqrt(float(np.average(variances, weights=weights)))
 
 
-def whole_mask(policy: Policy) -> bool:
-    """Whether a policy is a mask of whole steps, without a hand-off."""
-    cache = policy.cache
-    return (
-        policy.handoff is None and isinstance(cache, MaskCache) and _WHOLE.issuperset(cache.actions)
-    )
-
-
 def proposed(space: Space, trials: Sequence[Trial], proof_prompts: int) -> Proposal | None:
     """Return the mask that promises the most on the prompts of the search, None if none does.
 
@@ -219,7 +226,7 @@ def proposed(space: Space, trials: Sequence[Trial], proof_prompts: int) -> Propo
     """
     tried = {trial.policy.id for trial in trials if not undecided(trial)}
     if not any(whole_mask(trial.policy) and trial.quality for trial in trials):
-        firsts = (space.prior(budget) for budget in _first_budgets(space))
+        firsts = (space.prior(budget) for budget in _first_budgets(space, trials))
         return next((p for p in firsts if space.policy(p.parameters).id not in tried), None)
     choices = Frontier(space, trials, (), proof_prompts).choices(elsewhere=False)
     known = max((c.speedup for c in choices if c.policy.id in tried and c.chance >= 0.5), default=1)
@@ -230,9 +237,17 @@ def proposed(space: Space, trials: Sequence[Trial], proof_prompts: int) -> Propo
     return space.explicit(best.policy.cache)
 
 
-def _first_budgets(space: Space) -> Iterator[int]:
-    """Yield how many steps to compute while nothing is known: the middle, then more and more."""
-    budget = round(math.sqrt(space.fewest * space.steps))
+def _first_budgets(space: Space, trials: Sequence[Trial]) -> Iterator[int]:
+    """Yield how many steps to compute while nothing is known: the middle, then more and more.
+
+    Instead of the middle, what a mask of another search computes that is still on its way.
+    """
+    carried = [
+        trial.policy.cache.actions.count("full")
+        for trial in trials
+        if trial.source == "warm" and isinstance(trial.policy.cache, MaskCache)
+    ]
+    budget = max(carried, default=round(math.sqrt(space.fewest * space.steps)))
     while budget < space.steps:
         yield budget
         budget = max(round(_GROWTH * budget), budget + 1)
@@ -261,6 +276,13 @@ def spreads(constraints: Iterable[str], values: Sequence[Mapping[str, float]]) -
     for metric in {_metric(name) for name in constraints}:
         found[metric] = float(np.std([_decibels(metric, v[metric]) for v in values], ddof=1))
     return found
+
+
+def _spreads_in(trial: Trial) -> dict[str, float] | None:
+    """Return the spreads of a trial, None if it has too few values or an old one kept none."""
+    if len(trial.scores) < 2:
+        return None
+    return spreads(trial.quality, [score.values for score in trial.scores])
 
 
 def _decibels(metric: str, score: float) -> float:

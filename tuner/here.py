@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,8 +13,8 @@ from ditune.db.errors import EvaluationFault, UsageFault
 from ditune.db.policy import Policy
 from ditune.db.records import Job
 from ditune.tuner.devices import device_name
-from ditune.tuner.evaluate import Case, Evaluates
-from ditune.tuner.verdict import Found, hopeless, search_speedup
+from ditune.tuner.evaluate import Case, Evaluates, Outcome
+from ditune.tuner.verdict import Found, given_up, search_speedup
 
 
 class Here:
@@ -30,6 +31,7 @@ class Here:
         Raises:
             EvaluationFault: The device failed, or the plain pipeline itself does not run.
         """
+        before = self._evaluator.videos
         cases = [Case(prompt, seed) for prompt, seed in zip(job.prompts, job.seeds, strict=True)]
         try:
             found = self._plain(cases) if job.policy == Policy() else self._tuned(job, cases)
@@ -41,7 +43,7 @@ class Here:
             found = Found((), unfit=_first_line(fault))
         if found.unfit and job.policy == Policy():
             raise EvaluationFault(f"the plain pipeline does not run: {found.unfit}")
-        return found
+        return replace(found, videos=self._evaluator.videos - before)
 
     def stop(self) -> None:
         """Do nothing: a generation in this process runs to its end."""
@@ -54,28 +56,32 @@ class Here:
         return _finite([self._evaluator.plain_values(case) for case in cases], 1.0, 1.0)
 
     def _tuned(self, job: Job, cases: Sequence[Case]) -> Found:
-        """Run a policy on the cases, until it is certain that it misses a floor."""
-        outcomes = list(
-            self._evaluator.run(
-                job.policy,
-                cases,
-                pairs=job.pairs,
-                stop=lambda seen: bool(hopeless(job.constraints, [o.values for o in seen])),
-            )
-        )
+        """Run a policy on the cases, until it is known to be of no use."""
+
+        def stop(seen: Sequence[Outcome]) -> bool:
+            return bool(given_up(job, [o.values for o in seen], _work_ratio(seen)))
+
+        outcomes = list(self._evaluator.run(job.policy, cases, pairs=job.pairs, stop=stop))
         refused = [o.summary.reason for o in outcomes if o.summary.policy_id is None]
         if refused:  # it ran without the policy: nothing was measured of it
             return Found((), unfit=refused[0])
-        work_ratio = float(np.median([o.summary.work_ratio for o in outcomes]))
-        return _finite([o.values for o in outcomes], search_speedup(outcomes), work_ratio)
+        values = [o.values for o in outcomes]
+        pairs = sum(o.baseline_ms is not None for o in outcomes)
+        return _finite(values, search_speedup(outcomes), _work_ratio(outcomes), pairs)
 
 
-def _finite(values: Sequence[dict[str, float]], speedup: float, work_ratio: float) -> Found:
+def _work_ratio(outcomes: Sequence[Outcome]) -> float:
+    return float(np.median([o.summary.work_ratio for o in outcomes]))
+
+
+def _finite(
+    values: Sequence[dict[str, float]], speedup: float, work_ratio: float, pairs: int = 0
+) -> Found:
     """Return what was found, unless a video is so broken that a metric has no value."""
     lost = [name for each in values for name, value in each.items() if not math.isfinite(value)]
     if lost:
         return Found((), unfit=f"{lost[0]} of a video is not a number")
-    return Found(tuple(values), speedup, work_ratio)
+    return Found(tuple(values), speedup, work_ratio, pairs=pairs)
 
 
 def _first_line(fault: BaseException) -> str:

@@ -1,10 +1,10 @@
 """What a search tries before its sampler: the profile's own proposals, each where the last one led.
 
-Where a metric measures errors, what masks give is predicted from the trials so far, and the most
-promising one is next. Elsewhere three families are climbed, one after the other: caches, hand-offs,
-both together. Each has one number that decides the most. Caches are bisected over it; hand-offs,
-whose floors are seldom those that a few videos decide, go down it level by level. Variants around
-what held follow.
+What was proved in other searches comes first of all. Where a metric measures errors, what masks
+give is predicted from the trials so far, and the most promising one is next. Elsewhere three
+families are climbed, one after the other: caches, hand-offs, both together. Each has one number
+that decides the most. Caches are bisected over it; hand-offs, whose floors are seldom those that a
+few videos decide, go down it level by level. Variants around what held follow.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from ditune.db.records import Trial
 from ditune.tuner.budgets import Bracket, bracket, next_level
 from ditune.tuner.frontier import foreseeable, proposed
 from ditune.tuner.handoffs import first_guess, large_window, latest
+from ditune.tuner.pace import whole_mask
+from ditune.tuner.quality import PROOF_PROMPTS
 from ditune.tuner.space import EARLY, Proposal, Space
 from ditune.tuner.verdict import undecided
 
@@ -30,26 +32,34 @@ _Level = TypeVar("_Level")
 _GROWTH, _FASTER = 1.25, 1.5  # from one level to the next: of large steps, of computed ones
 _SURE = 2  # levels in a row that miss for sure, after which fewer steps are not tried
 _ENOUGH = 2  # levels that held, for the proof to choose from
-_RULES_TURN = 5  # every so many trials
+_RULES_TURN = 5  # the trial that is MixCache's own rule
+_SAMPLERS_TURN = 10  # every so many trials: rules have a chance, masks are found without it
 _FEWER = 3  # numbers of steps that are tried where the two disagree most
 
 
 class Ladders:
     """The proposals of one space, given what was tried so far."""
 
-    def __init__(self, space: Space, proof_prompts: int = 20) -> None:
+    def __init__(
+        self, space: Space, proof_prompts: int = PROOF_PROMPTS, warm: Sequence[Proposal] = ()
+    ) -> None:
         """Take a space; it says whether there are hand-offs.
 
         Args:
             space: Of the search.
             proof_prompts: How many prompts the proof will take.
+            warm: Policies of other searches, which come first.
         """
         self._space = space
+        self._warm = warm
         self._proof_prompts = proof_prompts
 
     def next(self, done: Sequence[Trial]) -> Proposal | None:
         """Return the next proposal that was not tried yet, None when enough is known."""
         tried = {trial.policy.id for trial in done if not undecided(trial)}
+        for proposal in self._warm:
+            if proposal.policy is not None and proposal.policy.id not in tried:
+                return proposal
         if foreseeable(self._space, done):
             return self._foreseen(done, tried)
         for proposal in self._proposals(done):
@@ -62,7 +72,7 @@ class Ladders:
         default = self._space.default()
         if len(done) == _RULES_TURN and self._space.policy(default.parameters).id not in tried:
             return default
-        if len(done) % _RULES_TURN == _RULES_TURN - 1:
+        if len(done) % _SAMPLERS_TURN == _SAMPLERS_TURN - 1:
             return None
         return proposed(self._space, done, self._proof_prompts)
 
@@ -212,26 +222,35 @@ class Ladders:
 
 
 def _computed(policy: Policy) -> int | None:
-    """Return how many steps a mask without a hand-off computes."""
-    if policy.handoff is not None or not isinstance(policy.cache, MaskCache):
+    """Return how many steps a mask of whole steps without a hand-off computes."""
+    if not whole_mask(policy) or not isinstance(policy.cache, MaskCache):
         return None
     return policy.cache.actions.count("full")
+
+
+def _tells(trial: Trial) -> bool:
+    """Whether a trial tells of a level: a ladder proposed it, or it came from elsewhere and held.
+
+    Where the latter missed, its steps or its payload may only be wrong for this model.
+    """
+    if undecided(trial):
+        return False
+    return trial.source == "prior" or (trial.source == "warm" and trial.feasible)
 
 
 def _levels(
     trials: Sequence[Trial], level: Callable[[Policy], int | None]
 ) -> Iterator[tuple[int, bool]]:
-    """Yield the levels of those trials that a ladder proposed, and whether they may hold."""
+    """Yield the levels of those trials that tell of one, and whether they may hold."""
     for trial in trials:
-        climbed = trial.source == "prior" and not undecided(trial)
-        found = level(trial.policy) if climbed else None
+        found = level(trial.policy) if _tells(trial) else None
         if found is not None:
             yield found, trial.state == "complete" and trial.reason is None
 
 
 def _certain(trials: Sequence[Trial], level: Callable[[Policy], _Level | None]) -> list[_Level]:
     """Return the levels that held, and did not just escape a floor by their bound."""
-    found = (level(t.policy) for t in trials if t.source == "prior" and t.feasible)
+    found = (level(t.policy) for t in trials if _tells(t) and t.feasible)
     return [each for each in found if each is not None]
 
 

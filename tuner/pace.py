@@ -17,6 +17,7 @@ from ditune.tuner.handoffs import small_steps
 
 _OTHERS_WEIGHT = 3  # how many of its own measurements the other trials are worth to each
 _GUESS_WEIGHT = 1e-3  # of a guess before any trial
+_TIMED = 5  # masks, after which all are known to be as fast as their work
 _WHOLE = {"full", "step"}  # actions that run all blocks of a model, or none
 
 
@@ -36,11 +37,14 @@ class Pace:
         """
         self._sigmas = sigmas
         speedups, rows = [1.0], [(1.0, 1.0, 0.0)]  # the plain call
+        self._masks = 0
         for trial in trials:
             work = self._work(trial.policy, trial.work_ratio)
-            if trial.state == "complete" and trial.speedup and work and trial.policy != Policy():
+            timed = trial.state == "complete" and trial.pairs != 0 and trial.policy != Policy()
+            if timed and trial.speedup and work:
                 speedups.append(trial.speedup)
                 rows.append((1.0, *work))
+                self._masks += whole_mask(trial.policy)
         # where nothing complete is known, half the work takes half the time
         speedups, rows = [*speedups, 2.0], [*rows, (1.0, 0.5, 0.0)]
         weights = np.array([1.0] * (len(rows) - 1) + [_GUESS_WEIGHT])
@@ -53,6 +57,8 @@ class Pace:
         expected = self.expected(trial.policy, trial.work_ratio)
         if expected is None:
             return trial.speedup
+        if trial.pairs == 0:
+            return expected
         logs = np.log([trial.speedup, expected])
         return float(np.exp(np.average(logs, weights=(1, _OTHERS_WEIGHT))))
 
@@ -66,6 +72,17 @@ class Pace:
         work = self._work(policy, work_ratio)
         share = 0.0 if work is None else float(np.dot(self._parts, (1.0, *work)))
         return 1.0 / share if share > 0.0 else None
+
+    def foreseen(self, policy: Policy) -> float | None:
+        """Return how fast a policy will be where that is known well enough not to time it.
+
+        A mask of whole steps leaves out what it says; a few of them tell what that is worth.
+        """
+        if self._masks < _TIMED or not whole_mask(policy):
+            return None
+        assert isinstance(policy.cache, MaskCache)
+        computed = policy.cache.actions.count("full")
+        return self.expected(policy, len(policy.cache.actions) / computed)
 
     def _work(self, policy: Policy, work_ratio: float | None) -> tuple[float, float] | None:
         """Return the work of the large and of the small model, in shares of the plain call's steps.
@@ -84,6 +101,26 @@ class Pace:
                 return None
             computed = {step for step in computed if cache.actions[step] == "full"}
         return len(computed - small) / steps, len(computed & small) / steps
+
+
+def whole_mask(policy: Policy) -> bool:
+    """Whether a policy is a mask that computes or reuses whole steps, and nothing else."""
+    cache = policy.cache
+    if policy.handoff is not None or not isinstance(cache, MaskCache):
+        return False
+    return _WHOLE.issuperset(cache.actions)
+
+
+def fastest_held(trials: Sequence[Trial], sigmas: Sequence[float]) -> float | None:
+    """Return the greatest speedup among the trials that hold every floor, None if none does.
+
+    Args:
+        trials: Of one study; the plain pipeline's does not count.
+        sigmas: Noise level of each step.
+    """
+    pace = Pace(trials, sigmas)
+    held = [trial for trial in trials if trial.feasible and trial.policy != Policy()]
+    return max((pace.speedup(trial) for trial in held), default=None)
 
 
 def candidates(trials: Sequence[Trial], count: int, sigmas: Sequence[float] = ()) -> list[Trial]:

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METRIC_GROUP = "ditune.metrics"
+PROOF_PROMPTS = 30  # with 20, one policy in thirty that shipped was truly below its floors
 UNSEEN = 20  # the worst of so many further prompts should hold its floor too
+MARGIN = 0.8  # confidence of the bound that a mean counts with in a search
 PSNR_CAP_DB = 100.0  # identical videos have an infinite PSNR, which no file format can hold
 _FEWEST_OF_COUNTS, _MOST_OF_COUNTS = 32, 100  # videos of a trial
 _FLOOR = re.compile(r"^\s*([a-z][a-z0-9_]*?)(_worst)?\s*>=\s*(-?\d+(?:\.\d+)?(?:e-?\d+)?)\s*$")

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ditune.db.cost import Cost
 from ditune.db.policy import Policy
 from ditune.db.records import PolicyFile, Profile, Quality, Study, Trial
 from ditune.tuner.fewer_steps import FewestSteps
+from ditune.tuner.quality import PROOF_PROMPTS
 
 
 @dataclass(frozen=True)
@@ -19,12 +21,13 @@ class Options:
     quality: str | None = None  # floors; the source's own by default
     tiers: str | None = None  # several sets of floors instead: see `tiers.split_tiers`
     trials: int = 20
-    search_seconds: float = float("inf")
+    time_limit_s: float = float("inf")  # of profile and search; the proof takes what it needs
     seed: int = 0
     profile_prompts: int = 2
     search_prompts: int = 3
-    confirm_prompts: int = 20  # as many as the proof speaks for
+    confirm_prompts: int = PROOF_PROMPTS
     confirm_candidates: int = 8
+    warm_start: bool = True  # try what was proved for the nearest model, hardware and steps first
     arguments: Mapping[str, str] = field(default_factory=dict)  # kept with the study, for resuming
 
 
@@ -66,7 +69,7 @@ class Result:
     notes: tuple[str, ...]
     frames: tuple[FramePair, ...]
     fewer_steps: FewestSteps | None  # None when no policy held either
-    duration_s: float
+    cost: Cost
     tiers: Mapping[str, TierResult] = field(default_factory=dict)  # empty where none was asked for
 
     @property

@@ -13,6 +13,7 @@ Errors of different gaps are taken not to cancel.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,6 +41,14 @@ def gains(steps: int, early: float) -> np.ndarray:
 def arc_length_of(trajectories: Sequence[Trajectory]) -> tuple[float, ...] | None:
     """Return how far outputs have travelled at each step, mean over one or more trajectories."""
     return arc_length(np.mean([t.changes for t in trajectories], axis=0).tolist())
+
+
+class Gaps(NamedTuple):
+    """The gaps between a schedule's computed steps, in order; each array has one value for each."""
+
+    where: np.ndarray  # the step in the middle of each
+    reused: np.ndarray  # how many steps each reuses
+    squared: np.ndarray  # error of the latents after it
 
 
 class StepSchedules:
@@ -73,16 +82,18 @@ class StepSchedules:
             self._known[early] = self.frontier(gains(self.steps, early) ** 2)
         return list(self._known[early][budget - 1])
 
-    def frontier(self, weights: np.ndarray) -> list[tuple[int, ...]]:
+    def frontier(self, weights: np.ndarray, power: float = 0.0) -> list[tuple[int, ...]]:
         """Return the best steps to compute for every budget from 1 to the number of steps.
 
         Args:
             weights: How much a squared error counts that is made at each step, or after the last
                 one [steps + 1].
+            power: Of the number of steps that a gap reuses, with which its error counts more.
         """
         steps = self.steps
         after = np.arange(steps)
-        gap = self._errors * weights[self._middle]
+        reused = np.maximum(np.arange(steps + 1) - after[:, None] - 1, 1)
+        gap = self._errors * weights[self._middle] * reused**power
         # best[a, b]: least cost of a schedule that begins with step 0 and ends with a and b so far
         best = np.full((steps, steps), np.inf)
         best[0, 0] = 0.0
@@ -97,15 +108,15 @@ class StepSchedules:
             best = through.min(axis=0)
         return found
 
-    def errors(self, computed: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Return where each gap of a schedule lies, as a step, and its squared error.
+    def errors(self, computed: Sequence[int]) -> Gaps:
+        """Return the gaps of a schedule and their errors.
 
         Args:
             computed: The steps that are computed, in order, the first one among them.
         """
         before, stops = [computed[0], *computed[:-1]], [*computed[1:], self.steps]
         index = (np.array(before), np.array(computed), np.array(stops))
-        return self._middle[index[1], index[2]], self._errors[index]
+        return Gaps(self._middle[index[1:]], index[2] - index[1] - 1, self._errors[index])
 
 
 def _chosen(earlier: Sequence[np.ndarray], last: int, steps: int) -> tuple[int, ...]:

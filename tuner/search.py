@@ -25,15 +25,19 @@ from ditune.db.records import Job, Origin, Trial
 from ditune.tuner.asking import Asking
 from ditune.tuner.crew import Alone, Crew
 from ditune.tuner.evaluate import Case, Evaluates
+from ditune.tuner.frontier import foreseeable
 from ditune.tuner.here import Here
 from ditune.tuner.ladders import Ladders
-from ditune.tuner.pace import Pace
+from ditune.tuner.pace import Pace, fastest_held
+from ditune.tuner.quality import counts
+from ditune.tuner.sequential import expectations
 from ditune.tuner.space import Proposal, Space
-from ditune.tuner.verdict import now, undecided, with_known
+from ditune.tuner.verdict import imagined, undecided, with_known
 from ditune.tuner.worker import Worker, patiently
 
 _CASES_PER_PAIR = 8  # of a trial, at least one pair; confirmation takes one per prompt
 _STARTUP_TRIALS = 8
+_AS_FAST = 0.98  # of the fastest trial that held: what a sampler's point has to reach
 _REPEATS = 50  # known policies in a row, after which there is nothing new to be found
 
 
@@ -51,10 +55,14 @@ class TrialStore(Protocol):
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to search: a number of trials, and seconds on a clock that nobody can set back."""
+    """How long to search: a number of trials, and seconds on a clock that nobody can set back.
+
+    `least` trials are made however little time there is.
+    """
 
     trials: int
     seconds: float = float("inf")
+    least: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,18 @@ class Search:
         self._pending: dict[str, _Pending] = {}
         self._numbers = itertools.count()
 
+    def start_from(self, warm: Sequence[Proposal]) -> None:
+        """Try some policies of other searches right after the plain pipeline."""
+        self._ladders = Ladders(self.space, warm=warm)
+
+    def learn_from(self, known: Sequence[Trial]) -> None:
+        """Let trials of other searches on the same cases guide this one, without being part of it.
+
+        Args:
+            known: Judged under the floors of this one: see `verdict.rejudged`.
+        """
+        self._known = tuple(known)
+
     def open(
         self,
         storage_url: str,
@@ -133,12 +153,7 @@ class Search:
         """Optuna's study."""
         return self._asking.study
 
-    def run(
-        self,
-        budget: Budget,
-        progress: Callable[[Trial, int], None],
-        known: Sequence[Trial] = (),
-    ) -> list[Trial]:
+    def run(self, budget: Budget, progress: Callable[[Trial, int], None]) -> list[Trial]:
         """Evaluate until the budget is spent; trials of earlier runs of the study count.
 
         A database that goes away is waited for; the search then goes on as if it began anew.
@@ -146,20 +161,17 @@ class Search:
         Args:
             budget: Policies in all, and seconds for this run.
             progress: Called after every trial with it and the number of trials so far.
-            known: What earlier searches measured on the same cases, judged under these floors (see
-                `verdict.rejudged`). It guides this one and is no part of it.
 
         Raises:
             UsageFault: Another process searches this study.
             StoreLost: The database stayed away.
         """
         ends = time.monotonic() + budget.seconds
-        self._known = tuple(known)
         jobs = self.store.jobs
         while True:
             try:
                 with jobs.sole_asker(self.name) as require_alone:
-                    done = self._go_on(budget.trials, ends, progress, require_alone)
+                    done = self._go_on(budget, ends, progress, require_alone)
                     jobs.end(self.name)
                     return done
             except StoreLost:
@@ -174,12 +186,12 @@ class Search:
 
     def _go_on(
         self,
-        most: int,
+        budget: Budget,
         ends: float,
         progress: Callable[[Trial, int], None],
         require_alone: Callable[[], None],
     ) -> list[Trial]:
-        """Ask, evaluate, store and tell until there are `most` trials or the time `ends`."""
+        """Ask, evaluate, store and tell until there are enough trials or the time `ends`."""
         done = self._recovered()
         repeats = 0
         while True:
@@ -188,10 +200,10 @@ class Search:
                 done.append(trial)
                 progress(trial, len(done))
                 repeats = 0  # what is known has changed
-            over = time.monotonic() >= ends
+            over = time.monotonic() >= ends and len(done) >= budget.least
             if over:
                 self._withdraw()
-            while not over and repeats < _REPEATS and self._wants(most - len(done)):
+            while not over and repeats < _REPEATS and self._wants(budget.trials - len(done)):
                 known = self._ask(done, by_chance=repeats > 0)
                 repeats = repeats + 1 if known else 0
             if not self._pending:
@@ -243,7 +255,7 @@ class Search:
         if twin is not None:
             twin.asked.append(asked)
             return True
-        job = self._job(policy, source)
+        job = self._job(policy, source, done)
         self._asking.mark(asked, job.uuid)
         self._put(job, asked)
         return False
@@ -272,7 +284,7 @@ class Search:
         taken += [trial.policy for trial in self._decided(done)]
         if any(policy.id == each.id for each in taken):
             return True
-        job = self._job(policy, source)
+        job = self._job(policy, source, done)
         space = self.space.distributions
         self._put(job, self._asking.place(parameters, space, source, job.uuid))
         return False
@@ -281,32 +293,56 @@ class Search:
         self.store.jobs.put(job)
         self._pending[job.uuid] = _Pending(job, [asked])
 
-    def _job(self, policy: Policy, source: str) -> Job:
+    def _job(self, policy: Policy, source: str, done: Sequence[Trial]) -> Job:
+        done = with_known(self._known, done)
+        foreseen = Pace(done, self.space.sigmas).foreseen(policy)
         number = next(self._numbers)
         # each trial takes the prompts in another order: so the first one, after which most is known
         # of a policy that is given up, is not always the same
         cases = random.Random(f"{self.name} {number}").sample(self.cases, len(self.cases))
+        constraints, seeds = self.evaluator.constraints, [case.seed for case in cases]
         return Job(
             uuid=uuid.uuid4().hex,
             study=self.name,
             number=number,
             source=source,  # type: ignore[arg-type]  # the model checks it
             policy=policy,
-            constraints=self.evaluator.constraints,
+            constraints=constraints,
             prompts=tuple(case.prompt for case in cases),
-            seeds=tuple(case.seed for case in cases),
-            pairs=max(1, len(cases) // _CASES_PER_PAIR),
+            seeds=tuple(seeds),
+            pairs=0 if foreseen else max(1, len(cases) // _CASES_PER_PAIR),
+            expected_speedup=foreseen,
             limit_s=self._limit_s,
             origin=self._origin,
+            expected={} if self._teaches(source, done) else expectations(constraints, done, seeds),
+            faster_than=self._to_beat(policy, source, done),
         )
+
+    def _teaches(self, source: str, done: Sequence[Trial]) -> bool:
+        """Whether a trial is more than a yes or no: the surrogate learns from each of its videos.
+
+        What it proposes lies close to the floor, where its bound on a few prompts mostly misses.
+        """
+        return source in ("prior", "warm") and foreseeable(self.space, done)
+
+    def _to_beat(self, policy: Policy, source: str, done: Sequence[Trial]) -> float | None:
+        """Return how fast a policy has to be to be of use, None where that is not certain.
+
+        The steps of a ladder teach something in any case. Work of two models does not add up, and
+        where a metric counts, what held on the videos of a trial may soon not hold.
+        """
+        counted = any(counts(constraint) for constraint in self.evaluator.constraints)
+        if counted or policy.handoff is not None or source not in ("default", "search"):
+            return None
+        fastest = fastest_held(done, self.space.sigmas)
+        return None if fastest is None else _AS_FAST * fastest
 
     def _proposed(self, done: Sequence[Trial]) -> Proposal | None:
         """Return the next proposal of the ladders, None when enough is known."""
         if not with_known(self._known, done) and not self._pending:
             return self.space.baseline()
         found = (
-            self._ladders.next(with_known(self._known, imagined))
-            for imagined in self._imagined(done)
+            self._ladders.next(with_known(self._known, known)) for known in self._imagined(done)
         )
         return next((proposal for proposal in found if proposal is not None), None)
 
@@ -318,7 +354,7 @@ class Search:
         pending = [each.job for each in self._pending.values()]
         hopes = (True, False) if len(pending) % 2 else (False, True)
         for holds in hopes if pending else (True,):
-            yield [*done, *(_imagined(job, holds=holds) for job in pending)]
+            yield [*done, *(imagined(job, holds=holds) for job in pending)]
 
     def _arrived(self, done: Sequence[Trial]) -> Iterator[Trial]:
         """Yield the trials that have come in, once Optuna was told."""
@@ -346,23 +382,3 @@ class Search:
         for key in self.store.jobs.withdraw(self.name):
             for each in self._pending.pop(key).asked:
                 self._asking.give_up(each)
-
-
-def _imagined(job: Job, *, holds: bool) -> Trial:
-    """Return the trial that a job may end with; only ladders see it."""
-    violation: dict[str, float] = {c.name: -1.0 if holds else 1.0 for c in job.constraints}
-    return Trial(
-        uuid=job.uuid,
-        study=job.study,
-        number=job.number,
-        source=job.source,
-        policy=job.policy,
-        state="complete" if holds else "rejected",
-        speedup=1.0,
-        work_ratio=1.0,
-        quality={},
-        violation=violation,
-        reason=None if holds else "imagined",
-        duration_s=0.0,
-        created_at=now(),
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
@@ -11,9 +10,10 @@ import numpy as np
 
 from ditune.accel.apply import accelerate
 from ditune.db.errors import StoreFault, UsageFault
-from ditune.db.records import PolicyFile, Profile, Settings, Study, Trial
+from ditune.db.records import Impacts, PolicyFile, Profile, Settings, Study, Trial
 from ditune.db.store import Store
 from ditune.profiler.impact import impacts
+from ditune.profiler.parts import forwards_of
 from ditune.profiler.record import Recorded, record
 from ditune.tuner.confirm import PAIRS_MIN, Confirmation, Proof, Provenance, confirm
 from ditune.tuner.contenders import to_prove
@@ -22,6 +22,7 @@ from ditune.tuner.elsewhere import Elsewhere, crew_of, first_note, limit_s, requ
 from ditune.tuner.evaluate import Case, Evaluator, cases_of
 from ditune.tuner.fewer_steps import FewestSteps, fewest_steps
 from ditune.tuner.goals import CONFIRM_SEED, SEARCH_SEED, Goal, goals_of, search_cases
+from ditune.tuner.meter import Meter
 from ditune.tuner.progress import Progress, Quiet
 from ditune.tuner.quality import prepare
 from ditune.tuner.result import FramePair, Options, Result, TierResult
@@ -29,7 +30,9 @@ from ditune.tuner.search import Budget, Search
 from ditune.tuner.source import Source, prompts_digest
 from ditune.tuner.tiers import DEFAULT, Tier, tiers_of
 from ditune.tuner.verdict import now, rejudged, with_known
+from ditune.tuner.warm_start import warm_start
 
+_TRIALS_MIN = 2  # the plain pipeline and one more, however little time the profile left
 _WORST_SHOWN = 2
 _FEWER_STEPS_PROMPTS = 4  # a comparison, not a promise: a third of the proof's prompts do
 
@@ -74,22 +77,26 @@ class Session:
         self.study_name: str | None = None
         self.expected_study: str | None = None  # refuse to run any other: set when resuming
         self._prompts_digest = prompts_digest(source)
-        self._search_seconds = options.search_seconds  # that are left
+        self._studies: tuple[str, ...] = ()  # of all tiers
 
     def run(self, storage_url: str) -> Result:
         """Profile, search, confirm and save; everything measured is in the store at any time."""
-        started = time.monotonic()
-        recorded = self._profile()
+        meter = Meter(lambda: self.evaluator.videos)
+        with meter.stage("profile"):
+            recorded = self._profile()
         goals = goals_of(self.tiers, self.evaluator, self.options, recorded, self._note)
         self._require_expected([goal.settings for goal in goals])
+        self._studies = tuple(goal.settings.study for goal in goals)
         found: dict[str, TierResult] = {}
         earlier: list[Trial] = []
         for goal in goals:
-            reached = self._reach(goal, recorded.profile, earlier, storage_url)
+            reached = self._reach(goal, recorded.profile, earlier, meter, storage_url)
             found[goal.tier.name] = reached
             earlier = with_known(earlier, reached.trials)
         first = found[self.tiers[0].name]
-        frames = self._frames(first.policy_file)
+        with meter.stage("confirm"):
+            frames = self._frames(first.policy_file)
+            fewer_steps = self._fewer_steps(first.policy_file)
         return Result(
             study=first.study,
             profile=recorded.profile,
@@ -98,8 +105,8 @@ class Session:
             passed_over=first.passed_over,
             notes=tuple(self.notes),
             frames=frames,
-            fewer_steps=self._fewer_steps(first.policy_file),
-            duration_s=time.monotonic() - started,
+            fewer_steps=fewer_steps,
+            cost=meter.cost(forwards_of(recorded.profile)),
             tiers=found if self.options.tiers is not None else {},
         )
 
@@ -124,15 +131,23 @@ class Session:
         cases = search_cases(self.source, options, self.tiers[0].constraints)
         for case, output in zip(cases, recorded.outputs, strict=False):
             self.evaluator.adopt(case, output)  # the same prompts and seeds
+        self.evaluator.videos += recorded.videos
         known = self.store.impacts(recorded.profile.workload)
         if known is None:
             note("measuring what errors do")
-            prompt, call = self.source.calibration[0], self.source.call
-            known = impacts(self.source.pipe, prompt, call=call, seed=SEARCH_SEED)
+            known = self._impacts(forwards_of(recorded.profile))
         found = recorded.profile.model_copy(update={"impacts": known})
         self.progress.update("profile", total, total, "done")
         self.store.save_profile(found)
         return replace(recorded, profile=found)
+
+    def _impacts(self, forwards_per_video: int) -> Impacts | None:
+        def count(forwards: int) -> None:
+            self.evaluator.videos += forwards / forwards_per_video
+
+        source = self.source
+        prompt, call = source.calibration[0], source.call
+        return impacts(source.pipe, prompt, call=call, seed=SEARCH_SEED, spent=count)
 
     def _note(self, sentence: str) -> None:
         if sentence not in self.notes:
@@ -157,7 +172,12 @@ class Session:
         )
 
     def _reach(
-        self, goal: Goal, found: Profile, earlier: Sequence[Trial], storage_url: str
+        self,
+        goal: Goal,
+        found: Profile,
+        earlier: Sequence[Trial],
+        meter: Meter,
+        storage_url: str,
     ) -> TierResult:
         """Search and prove one tier, and put its policy in use.
 
@@ -165,6 +185,7 @@ class Session:
             goal: The tier.
             found: What the plain pipeline costs.
             earlier: Trials of the tiers before.
+            meter: Of the session.
             storage_url: Optuna's own.
         """
         study = self._study(goal)
@@ -176,9 +197,14 @@ class Session:
         seeds = {case.seed for case in goal.search_cases}
         judged = (rejudged(trial, goal.tier.constraints, seeds) for trial in earlier)
         known = [trial for trial in judged if trial is not None]
-        trials = self._search(goal, study, found, known, storage_url)
-        confirmation = self._confirm(goal, study, with_known(known, trials))
-        policy_file = self._save(found, confirmation, goal.tier)
+        with meter.stage("search"):
+            search = self._prepared(goal, study, known)
+            left = self.options.time_limit_s - (meter.seconds - meter.spent("confirm").seconds)
+            budget = Budget(goal.trials, goal.share * left, _TRIALS_MIN)
+            trials = self._search(search, found, budget, study.tier, storage_url)
+        with meter.stage("confirm"):
+            confirmation = self._confirm(goal, study, with_known(known, trials))
+            policy_file = self._save(found, confirmation, goal.tier)
         result = TierResult(study, tuple(trials), policy_file, confirmation.reasons)
         if policy_file is None and self.options.tiers is not None:
             self._say_nothing_held(goal.tier, result)
@@ -208,36 +234,44 @@ class Session:
         proved = (p for p in self.store.policies() if p.evidence.study == study.name)
         return next(proved, None)
 
-    def _search(
-        self,
-        goal: Goal,
-        study: Study,
-        found: Profile,
-        known: Sequence[Trial],
-        storage_url: str,
-    ) -> list[Trial]:
+    def _prepared(self, goal: Goal, study: Study, known: Sequence[Trial]) -> Search:
+        """Return the search, with what was measured before and proved elsewhere to start from."""
         cases = goal.search_cases
         search = Search(study.name, goal.space, goal.evaluator, cases, self.options.seed)
-        prefix = f"{study.tier}: " if study.tier is not None else ""
+        search.learn_from(known)
+        if self.options.warm_start:
+            found = warm_start(self.store, study, goal.space, self._studies)
+            search.start_from(found.proposals)
+            if found.note:
+                self._note(found.note)
+        return search
+
+    def _search(
+        self,
+        search: Search,
+        found: Profile,
+        budget: Budget,
+        tier: str | None,
+        storage_url: str,
+    ) -> list[Trial]:
+        prefix = f"{tier}: " if tier is not None else ""
         best = 1.0
 
         def show(trial: Trial, count: int) -> None:
             nonlocal best
             if trial.feasible and trial.speedup is not None:
                 best = max(best, trial.speedup)
-            self.progress.update("search", count, goal.trials, f"{prefix}best {best:.2f}x")
+            if self.elsewhere is not None:  # what this process does is counted already
+                self.evaluator.videos += trial.videos or 0.0
+            self.progress.update("search", count, budget.trials, f"{prefix}best {best:.2f}x")
 
-        note = prefix + first_note(self.elsewhere, study.name)
-        self.progress.update("search", 0, goal.trials, note)
-        budget = Budget(goal.trials, goal.share * self._search_seconds)
-        started = time.monotonic()
-        with self._crew(study.name) as crew:
+        first = prefix + first_note(self.elsewhere, search.name)
+        self.progress.update("search", 0, budget.trials, first)
+        with self._crew(search.name) as crew:
             origin = self.elsewhere.origin if self.elsewhere is not None else None
-            search.open(storage_url, self.store, crew, origin, limit_s(found, len(cases)))
+            search.open(storage_url, self.store, crew, origin, limit_s(found, len(search.cases)))
             with closing(search):
-                trials = search.run(budget, show, known)
-        self._search_seconds -= time.monotonic() - started
-        return trials
+                return search.run(budget, show)
 
     def _crew(self, study: str) -> AbstractContextManager[Crew | None]:
         """Return who evaluates policies during the search; None is this process."""
@@ -255,7 +289,7 @@ class Session:
             cases,
             lambda done: self.progress.update("confirm", done, max(total, done), note),
         )
-        provenance = Provenance(study.name, self._prompts_digest)
+        provenance = Provenance(study.name, self._prompts_digest, trials)
         listed = to_prove(trials, goal.space, goal.tier.constraints, len(cases), most)
         return confirm(proof, listed, provenance)
 
@@ -312,6 +346,7 @@ class Session:
         ) as applied:
             video = self.evaluator.generate(case)[0]
             used = applied.summary()
+        self.evaluator.videos += used.work_share
         if used.policy_id != policy_file.policy_id:
             raise StoreFault(
                 f"the policy was saved to {self.store.where} and a lookup did not find it again "

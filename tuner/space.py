@@ -53,7 +53,7 @@ class Proposal:
     `policy` is what to try where the parameters only come close to it.
     """
 
-    source: Literal["baseline", "default", "prior"]
+    source: Literal["baseline", "default", "prior", "warm"]
     parameters: dict[str, float | int | str]
     policy: Policy | None = None
 
@@ -81,7 +81,7 @@ class Space:
         self.hands_over = handoff and len(self.sigmas) > 1
         self._typical_change = _typical(profile)
         found = profile.impacts
-        self._impacts = {
+        self.impacts = {
             f"impact_{name}": value
             for name, value in (found.model_dump() if found is not None else {}).items()
             if value is not None
@@ -122,14 +122,12 @@ class Space:
 
     def explicit(self, cache: MaskCache) -> Proposal:
         """Return a mask that its parameters need not spell: they are those that come closest."""
-        payload = cache.payload
-        point = self._point(
-            compute_frac=cache.actions.count("full") / self.steps,
-            order=payload.order,
-            form=payload.form,
-            axis=_STEP if payload.arc_length is None else _ARC_LENGTH,
-        )
-        return Proposal("prior", point, Policy(cache=cache))
+        policy = Policy(cache=cache)
+        return Proposal("prior", self._closest(policy), policy)
+
+    def warm(self, policy: Policy) -> Proposal:
+        """Return a policy of another search; its parameters are those that come closest."""
+        return Proposal("warm", self._closest(policy), policy)
 
     def handed_over(self, **chosen: float | int | str) -> Proposal:
         """Return a hand-off, static and without a cache unless other numbers are given."""
@@ -214,6 +212,59 @@ class Space:
         point = {**neutral, **chosen}
         return {name: point[name] for name in self.distributions}
 
+    def _closest(self, policy: Policy) -> dict[str, float | int | str]:
+        """Return the point that comes closest to a policy of as many steps."""
+        chosen = self._closest_handoff(policy.handoff)
+        cache = policy.cache
+        if cache is None:
+            return self._within(self._point(**chosen, compute_frac=1.0))
+        payload = cache.payload
+        chosen |= {
+            "order": payload.order,
+            "form": payload.form,
+            "axis": _STEP if payload.arc_length is None else _ARC_LENGTH,
+            "cfg_form": payload.cfg_form,
+            "fn_blocks": cache.fn_blocks,
+        }
+        if isinstance(cache, RuleCache):
+            names = ("warmup_frac", "cooldown_steps", "interval_max", "delta2", "delta1_ratio")
+            chosen |= {name: getattr(cache, name) for name in (*names, "threshold")}
+            chosen |= {"kind": "rule", "indicator": cache.indicator or _INTERVALS}
+            return self._within(self._point(**chosen))
+        computed = cache.actions.count("full")
+        reused = max(self.steps - computed, 1)
+        chosen |= {
+            "compute_frac": computed / self.steps,
+            "block_share": cache.actions.count("block") / reused,
+            "cfg_share": cache.actions.count("cfg") / reused,
+        }
+        return self._within(self._point(**chosen))
+
+    def _closest_handoff(self, handoff: HandoffPolicy | None) -> dict[str, float | int | str]:
+        if handoff is None:
+            return {}
+        if isinstance(handoff, AdaptiveHandoff):
+            return {"handoff": _ADAPTIVE, "delta": handoff.delta}
+        small = small_steps(handoff, self.sigmas)
+        head_steps = next((n for n, step in enumerate(small) if n != step), len(small))
+        return {
+            "handoff": _STATIC,
+            "handoff_frac": 1.0 - len(small) / self.steps,
+            "head_frac": head_steps / self.steps,
+            "tail_steps": self.steps - 1 - max(small, default=-1),
+        }
+
+    def _within(self, point: Mapping[str, float | int | str]) -> dict[str, float | int | str]:
+        """Return a point whose numbers lie in their ranges."""
+        found = dict(point)
+        for name, value in point.items():
+            allowed = self.distributions[name]
+            if isinstance(allowed, FloatDistribution | IntDistribution):
+                found[name] = min(max(float(value), allowed.low), allowed.high)
+                if isinstance(allowed, IntDistribution):
+                    found[name] = int(found[name])
+        return found
+
     def _mask(self, point: Parameters, handoff: HandoffPolicy | None) -> MaskCache:
         computed = self._computed(point, float(point["compute_frac"]))
         small = set(small_steps(handoff, self.sigmas))
@@ -255,7 +306,7 @@ class Space:
             fn_blocks=int(point["fn_blocks"]),
             indicator=indicators.get(point["indicator"]),
             threshold=float(point["threshold"]),
-            **self._impacts,
+            **self.impacts,
         )
 
     def _payload(self, point: Parameters) -> Payload:

@@ -27,7 +27,9 @@ _SLOPE_SD = 0.15  # of a metric's decibels per decibel of error
 _NOISE_DB = 0.5  # what the model cannot know of one mask on some prompts
 _NONE = 1e-7  # squared error that nothing gets below
 _TINY = 1e-4  # step of numerical slopes
-_LEVEL, _SLOPE = 0, 1  # places in the vector of unknowns; the bumps and payloads follow
+_POWER_SD = 1.0  # of the number of steps that a gap reuses, with which its error counts more
+_LEVEL, _SLOPE, _POWER = 0, 1, 2  # places in the vector of unknowns; the bumps and payloads follow
+_BUMP = _POWER + 1
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ class Surrogate:
         return self._weights(self._unknown)
 
     @property
+    def power(self) -> float:
+        """With which power of the steps that it reuses a gap counts more than the profile says."""
+        return float(self._unknown[_POWER])
+
+    @property
     def elsewhere(self) -> tuple[float, float]:
         """By how much other prompts give more than those of the search, and how sure that is."""
         return float(self._unknown[-1]), float(np.sqrt(self._covariance[-1, -1]))
@@ -110,22 +117,27 @@ class Surrogate:
         return values, np.sqrt(variances + _NOISE_DB**2)
 
     def _row(self, cache: MaskCache, elsewhere: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Return the squared errors of a mask by where its gaps lie, and what else differs."""
+        """Return the gaps of a mask, without an error where it has no more, and what else differs.
+
+        There are as many columns as steps; [where, log of reused steps, squared error].
+        """
         computed = [step for step, action in enumerate(cache.actions) if action == "full"]
-        where, squared = self._schedules.errors(computed)
-        errors = np.bincount(where, squared, minlength=self._schedules.steps + 1)
+        gaps = self._schedules.errors(computed)
+        table = np.zeros((3, self._schedules.steps))
+        table[:, : len(computed)] = gaps.where, np.log(np.maximum(gaps.reused, 1)), gaps.squared
         named = _named(cache.payload)
-        return errors, np.array([*(name in named for name in _PAYLOADS), elsewhere], dtype=float)
+        return table, np.array([*(name in named for name in _PAYLOADS), elsewhere], dtype=float)
 
     def _predicted(self, unknown: np.ndarray, rows: _Rows) -> np.ndarray:
-        errors = rows.errors @ self._weights(unknown) + _NONE
-        others = rows.others @ unknown[_SLOPE + 1 + _BUMPS :]
+        where, reused, squared = rows.gaps.swapaxes(0, 1)
+        weights = self._weights(unknown)[where.astype(int)] * np.exp(unknown[_POWER] * reused)
+        errors = (squared * weights).sum(axis=1) + _NONE
+        others = rows.others @ unknown[_BUMP + _BUMPS :]
         found: np.ndarray = unknown[_LEVEL] - unknown[_SLOPE] * 10.0 * np.log10(errors) + others
         return found
 
     def _weights(self, unknown: np.ndarray) -> np.ndarray:
-        bumps = unknown[_SLOPE + 1 : _SLOPE + 1 + _BUMPS]
-        found: np.ndarray = self._usual * np.exp(bumps @ self._bumps)
+        found: np.ndarray = self._usual * np.exp(unknown[_BUMP : _BUMP + _BUMPS] @ self._bumps)
         return found
 
 
@@ -133,7 +145,7 @@ class Surrogate:
 class _Rows:
     """What is known of some masks before they run: one row each."""
 
-    errors: np.ndarray  # squared, by the step at which they are made [masks, steps + 1]
+    gaps: np.ndarray  # [masks, 3, steps], see `_row`
     others: np.ndarray  # 1 where it holds: each way to differ in payload, other prompts
 
 
@@ -153,6 +165,13 @@ def _bumps(steps: int) -> np.ndarray:
 def _priors(elsewhere_sd: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean and the standard deviation of everything unknown, before any trial."""
     payloads = list(_PAYLOADS.values())
-    mean = [0.0, 1.0, *[0.0] * _BUMPS, *[m for m, _ in payloads], 0.0]
-    sd = [100.0, _SLOPE_SD, *[_WEIGHT_SD] * _BUMPS, *[s for _, s in payloads], elsewhere_sd]
+    mean = [0.0, 1.0, 0.0, *[0.0] * _BUMPS, *[m for m, _ in payloads], 0.0]
+    sd = [
+        100.0,
+        _SLOPE_SD,
+        _POWER_SD,
+        *[_WEIGHT_SD] * _BUMPS,
+        *[s for _, s in payloads],
+        elsewhere_sd,
+    ]
     return np.array(mean), np.array(sd)

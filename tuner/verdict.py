@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ditune.db.records import Constraint, Job, Score, Trial
+from ditune.db.policy import MaskCache
+from ditune.db.records import Constraint, Expectation, Job, Score, Trial
 from ditune.profiler.statistics import CONFIDENCE, paired_speedup
-from ditune.tuner.quality import counts, lower_bound, summarise
+from ditune.tuner.quality import MARGIN, counts, lower_bound, summarise
+from ditune.tuner.sequential import guessed, shortfall, will_miss
 
 if TYPE_CHECKING:
     from ditune.tuner.evaluate import Outcome
 
-_MARGIN = 0.8  # confidence of the bound that a mean counts with
 _UNFIT = 1.0  # by how much a policy that cannot run misses each floor, relative to it
+_RULES_VARY = 1.25  # by how much more a rule may leave out of one video than of another
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,16 @@ class Found:
     """What evaluating a policy gave: each metric's value, case by case, and its speed.
 
     There are fewer values than cases where it was given up. `unfit` says why it cannot run here;
-    then there are none.
+    then there are none. `pairs` is how many the speedup rests on; without any it is what the work
+    left out allows. `videos` is how many plain ones' worth of compute it took.
     """
 
     values: tuple[dict[str, float], ...]
     speedup: float = 1.0
     work_ratio: float = 1.0
     unfit: str = ""
+    pairs: int = 0
+    videos: float | None = None
 
 
 def now() -> str:
@@ -51,14 +56,17 @@ def trial_of(job: Job, found: Found, duration_s: float) -> Trial:
         judged["reason"] = f"it cannot run here: {found.unfit}"
     else:
         whole = len(found.values) == len(job.prompts)
-        judged = _judged(job.constraints, found.values, whole=whole)
+        judged = _judged(job.constraints, found.values, job.expected, whole=whole)
+        if not whole:
+            judged["reason"] = given_up(job, found.values, found.work_ratio) or None
     return Trial(
         uuid=job.uuid,
         study=job.study,
         number=job.number,
         source=job.source,
         policy=job.policy,
-        speedup=found.speedup,
+        speedup=(not found.pairs and job.expected_speedup) or found.speedup,
+        pairs=found.pairs,
         work_ratio=found.work_ratio,
         scores=tuple(
             Score(seed=seed, values=values)
@@ -66,7 +74,28 @@ def trial_of(job: Job, found: Found, duration_s: float) -> Trial:
         ),
         duration_s=duration_s,
         created_at=now(),
+        videos=found.videos,
         **judged,
+    )
+
+
+def imagined(job: Job, *, holds: bool) -> Trial:
+    """Return the trial that a job may end with; only ladders see it."""
+    violation: dict[str, float] = {c.name: -1.0 if holds else 1.0 for c in job.constraints}
+    return Trial(
+        uuid=job.uuid,
+        study=job.study,
+        number=job.number,
+        source=job.source,
+        policy=job.policy,
+        state="complete" if holds else "rejected",
+        speedup=1.0,
+        work_ratio=1.0,
+        quality={},
+        violation=violation,
+        reason=None if holds else "imagined",
+        duration_s=0.0,
+        created_at=now(),
     )
 
 
@@ -86,11 +115,13 @@ def rejudged(
     if trial.state == "rejected" and not trial.quality:  # it cannot run, whatever the floors
         return trial.model_copy(update=_unfit(constraints))
     metrics = {constraint.metric for constraint in constraints}
-    values = [score.values for score in trial.scores if score.seed in seeds]
+    scores = tuple(score for score in trial.scores if score.seed in seeds)
+    values = [score.values for score in scores]
     if trial.state == "failed" or not values or any(metrics - each.keys() for each in values):
         return None
     whole = trial.state == "complete" and len(values) == len(seeds)
-    return trial.model_copy(update=_judged(constraints, values, whole=whole))
+    judged = _judged(constraints, values, guessed(constraints, len(seeds)), whole=whole)
+    return trial.model_copy(update={"scores": scores, **judged})
 
 
 def undecided(trial: Trial) -> bool:
@@ -110,14 +141,21 @@ def with_known(known: Sequence[Trial], trials: Sequence[Trial]) -> list[Trial]:
 
 
 def _judged(
-    constraints: Sequence[Constraint], values: Sequence[Mapping[str, float]], *, whole: bool
+    constraints: Sequence[Constraint],
+    values: Sequence[Mapping[str, float]],
+    expected: Mapping[str, Expectation],
+    *,
+    whole: bool,
 ) -> dict[str, Any]:
     """Return what values mean under some floors, as fields of a trial."""
-    reason = (missed_for_sure if whole else hopeless)(constraints, values)
+    missed = violations(constraints, values)
+    reason = missed_for_sure(constraints, values)
+    if not whole:
+        reason = hopeless(constraints, values, expected)
     return {
         "state": "complete" if whole else "rejected",
         "quality": summarise(constraints, values),
-        "violation": violations(constraints, values),
+        "violation": missed | _foreseen(constraints, values, expected, missed),
         "reason": reason or None,
     }
 
@@ -164,28 +202,70 @@ def violations(
         elif counts(constraint):
             seen = float(np.mean(scores))
         else:
-            seen = lower_bound(constraint, scores, _MARGIN)
+            seen = lower_bound(constraint, scores, MARGIN)
         missed[constraint.name] = (constraint.floor - seen) / max(abs(constraint.floor), 1e-3)
     return missed
 
 
-def hopeless(constraints: Sequence[Constraint], values: Sequence[Mapping[str, float]]) -> str:
-    """Return why a trial cannot hold its floors whatever comes, empty if it still can.
+def given_up(job: Job, values: Sequence[Mapping[str, float]], work_ratio: float) -> str:
+    """Return why a job needs no further prompts, empty if it does.
 
-    A worst prompt below its floor cannot be undone. A mean is given up after two prompts that both
-    miss it by a tenth, or, where the metric counts, once its upper bound misses it.
+    Args:
+        job: It says what is known of its study.
+        values: Each metric's value, of the prompts so far.
+        work_ratio: Blocks asked for / blocks run.
     """
+    reason = hopeless(job.constraints, values, job.expected)
+    if reason or job.faster_than is None:
+        return reason
+    most = work_ratio if isinstance(job.policy.cache, MaskCache) else _RULES_VARY * work_ratio
+    if most < job.faster_than:
+        return f"it is slower than what is known to hold: at most {most:.3g}x by its work"
+    return ""
+
+
+def _foreseen(
+    constraints: Sequence[Constraint],
+    values: Sequence[Mapping[str, float]],
+    expected: Mapping[str, Expectation],
+    seen: Mapping[str, float],
+) -> dict[str, float]:
+    """Return by how much floors will be missed that the prompts so far, easy ones, still hold.
+
+    Otherwise what was given up would be taken for something that holds.
+    """
+    found = {}
     for constraint in constraints:
         scores = [value[constraint.metric] for value in values]
-        if constraint.statistic == "worst" and min(scores) < constraint.floor:
-            return f"{constraint.name}: a prompt gave {min(scores):.3g}, below {constraint.floor:g}"
-        if constraint.statistic == "worst":
+        if seen[constraint.name] <= 0.0 and will_miss(
+            constraint, scores, expected, len(constraints)
+        ):
+            pattern = expected[constraint.metric]
+            found[constraint.name] = shortfall(constraint, scores, pattern)
+    return found
+
+
+def hopeless(
+    constraints: Sequence[Constraint],
+    values: Sequence[Mapping[str, float]],
+    expected: Mapping[str, Expectation],
+) -> str:
+    """Return why a trial cannot hold its floors, empty if it still may.
+
+    A worst prompt below its floor cannot be undone. What the other prompts will give is foreseen
+    with a stated error; where the metric counts, a trial is given up once its upper bound misses.
+    """
+    for constraint in constraints:
+        name, floor = constraint.name, constraint.floor
+        scores = [value[constraint.metric] for value in values]
+        if constraint.statistic == "worst" and min(scores) < floor:
+            return f"{name}: a prompt gave {min(scores):.3g}, below {floor:g}"
+        if will_miss(constraint, scores, expected, len(constraints)):
+            return f"{name}: after {len(scores)} of its prompts it will miss {floor:g}"
+        if constraint.statistic == "worst" or not counts(constraint) or len(scores) < 2:
             continue
-        most, lost = max(scores), constraint.floor - 0.1 * abs(constraint.floor)
-        if counts(constraint):
-            most, lost = _most(constraint, scores, CONFIDENCE), constraint.floor
-        if len(scores) >= 2 and most < lost:
-            return f"{constraint.name}: {len(scores)} prompts stay below {lost:.3g}"
+        if _most(constraint, scores, CONFIDENCE) < floor:
+            return f"{name}: {len(scores)} prompts stay below {floor:.3g}"
     return ""
 
 
@@ -204,7 +284,7 @@ def missed_for_sure(
             continue
         scores = [value[constraint.metric] for value in values]
         unlucky = constraint.statistic == "mean" and counts(constraint)
-        if not unlucky or _most(constraint, scores, _MARGIN) < constraint.floor:
+        if not unlucky or _most(constraint, scores, MARGIN) < constraint.floor:
             return f"{constraint.name}: {len(scores)} prompts miss {constraint.floor:g}"
     return ""
 

@@ -14,14 +14,18 @@ from typing import Any
 import pytest
 from filelock import FileLock
 from tests.db.conftest import file_of
+from tests.tuner.searches import study
 from typer.testing import CliRunner
 
 from ditune.cli.main import app, main
+from ditune.cli.run import _arguments_of, _options
 from ditune.db.errors import DituneError
 from ditune.db.policy import MaskCache, Payload, Policy
+from ditune.db.records import SearchFigures, Study
 from ditune.db.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
+NOW = "2026-01-01T00:00:00Z"
 runner = CliRunner()
 
 
@@ -270,6 +274,32 @@ def stored(policy: Policy) -> str:
     with Store.open(os.environ["DITUNE_DB"]) as store:
         store.save_and_activate(found)
     return found.policy_id
+
+
+def test_what_a_search_saw_is_shown_apart_from_what_is_proved(command: Any) -> None:
+    kept = stored(Policy(cache=MaskCache(actions=("full", "full", "step", "full"))))
+    code, out, err = command("policy", "show", kept)
+    assert (code, json.loads(out)["evidence"]["search"], err) == (0, None, "")
+    seen = SearchFigures(trials=20, prompts=0, pairs=0, speedup=None, quality={})
+    with Store.open(os.environ["DITUNE_DB"]) as store:
+        found = store.policy(kept)
+        evidence = found.evidence.model_copy(update={"search": seen})
+        store.save_policy(found.model_copy(update={"evidence": evidence}))
+    code, out, err = command("policy", "show", kept)
+    assert json.loads(out)["evidence"]["search"]["trials"] == 20
+    assert "evidence.search is no proof. The search tried 20 policies and never this one" in err
+
+
+def test_a_resumed_study_keeps_to_a_cold_start(command: Any, tmp_path: Path) -> None:
+    for name, given in (("cold", {"no_warm_start": "True"}), ("warm", {})):
+        settings = study().settings.model_copy(update={"seed": len(name) + len(given)})
+        begun = Study(
+            name=settings.study, settings=settings, created_at=NOW, arguments={"out": name, **given}
+        )
+        with Store.open(os.environ["DITUNE_DB"]) as store:
+            store.save_study(begun)
+        asked = _arguments_of(begun.name, None)
+        assert _options(asked | {"trials": 20, "seed": 0}).warm_start == (name == "warm")
 
 
 def test_a_policy_is_written_for_the_tools_that_can_do_the_same(

@@ -89,6 +89,7 @@ def test_a_policy_is_found_saved_reported_and_found_again(
         "quality",
         "bound_by",
         "trials",
+        "cost",
         "hardware",
         "workload",
         "status",
@@ -98,7 +99,11 @@ def test_a_policy_is_found_saved_reported_and_found_again(
     assert {"floor", "mean", "worst", "n"} == set(found["quality"]["psnr"])
     assert {"total", "feasible", "rejected_early"} == set(found["trials"])
     assert (found["trials"]["total"], found["status"]) == (6, "measured")
+    assert found["cost"]["forwards_per_video"] == 2 * STEPS
+    assert found["cost"]["search"]["videos"] > 1.0  # done by a child, and counted there
     saved = policy_file.read(out / "policy.json")
+    assert saved.evidence.search is not None
+    assert saved.evidence.search.trials == 6
     assert found["policy_id"] == saved.policy_id
     page = (out / "report.html").read_text(encoding="utf-8")
     assert saved.policy_id[:12] in page

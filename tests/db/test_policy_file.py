@@ -23,7 +23,7 @@ from ditune.db.policy import (
     Policy,
     RuleCache,
 )
-from ditune.db.records import PolicyFile
+from ditune.db.records import PolicyFile, SearchFigures
 
 MakeFile = Callable[..., PolicyFile]
 GOLDEN = Path(__file__).resolve().parents[2] / "db" / "schemas" / "policy-1.json"
@@ -200,6 +200,18 @@ def test_a_written_file_honours_the_umask(make_file: MakeFile, tmp_path: Path) -
     finally:
         os.umask(before)
     assert (tmp_path / "policy.json").stat().st_mode & 0o777 == 0o640
+
+
+def test_files_from_before_the_figures_of_the_search_are_read(make_file: MakeFile) -> None:
+    saved = make_file()
+    old = json.loads(data_of(saved))
+    del old["evidence"]["search"]
+    assert saved == policy_file.check(json.dumps(old).encode(), "the file")
+    quality = saved.evidence.quality
+    seen = SearchFigures(trials=20, prompts=3, pairs=1, speedup=2.1, quality=quality)
+    evidence = saved.evidence.model_copy(update={"search": seen})
+    new = saved.model_copy(update={"evidence": evidence})
+    assert new == policy_file.check(data_of(new), "the file")
 
 
 def test_the_schema_is_the_published_one() -> None:

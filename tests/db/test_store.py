@@ -99,6 +99,20 @@ def test_a_policy_may_serve_several_tiers(store: Store, make_file: MakeFile) -> 
     assert store.tiers_in_use(make_file("block")) == []
 
 
+def test_policies_of_a_class_of_models_are_found_whatever_else_differs(
+    store: Store, make_file: MakeFile
+) -> None:
+    first = make_file("step")
+    changes = {"steps": 50, "height": 64, "model_digest": "sha256:" + "f" * 64}
+    second = make_file("cfg", workload=first.workload.model_copy(update=changes))
+    other = first.workload.model_copy(update={"transformer_class": "OtherTransformer"})
+    for each in (first, second, make_file("block", workload=other)):
+        store.save_policy(each)
+    assert [second, first] == store.policies_of("WanTransformer3DModel")
+    assert [make_file("block", workload=other)] == store.policies_of("OtherTransformer")
+    assert store.policies_of("none of them") == []
+
+
 def test_ids_that_name_no_single_policy_are_refused(store: Store, make_file: MakeFile) -> None:
     names = ("step", "cfg", "block", "full")
     saved = [make_file(last) for last in names]

@@ -60,6 +60,8 @@ def test_earlier_steps_are_not_computed_again(prompted: WanPipeline) -> None:
         ran += 1
 
     prompted.transformer.blocks[0].register_forward_hook(count)
-    impacts(prompted, "x", call=CALL, at=(0.75,))
+    told: list[int] = []
+    impacts(prompted, "x", call=CALL, at=(0.75,), spent=told.append)
     # 24 plainly; then from step 9 on: 6 for step, 6 for cfg, 6 and 2 with noise for block
     assert ran == 24 + 6 + 6 + 8
+    assert told == [ran]

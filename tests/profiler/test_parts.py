@@ -4,7 +4,7 @@ import pytest
 from tests.tuner.test_search import profile
 
 from ditune.db.records import LayerTiming
-from ditune.profiler.parts import Parts, parts_of, speedup_of_work
+from ditune.profiler.parts import Parts, forwards_of, parts_of, speedup_of_work
 from ditune.profiler.timing import OUTSIDE
 
 
@@ -28,6 +28,16 @@ def test_parts_share_a_call_as_they_shared_the_one_with_clocks() -> None:
 
 def test_a_profile_without_the_transformer_has_no_parts() -> None:
     assert parts_of(profile()) is None
+
+
+def test_forwards_are_those_of_all_denoisers() -> None:
+    layers = (
+        layer("transformer", 2, 30),
+        layer("transformer_2", 2, 10),
+        layer("vae.decoder", 4, 9),
+    )
+    assert forwards_of(profile().model_copy(update={"layers": layers})) == 40
+    assert forwards_of(profile().model_copy(update={"layers": ()})) == 1
 
 
 def test_only_the_transformers_share_shrinks() -> None:

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from plotly.offline import get_plotlyjs_version
 
+from ditune.db.cost import Cost, Spent
 from ditune.db.errors import UsageFault
+from ditune.db.records import SearchFigures
 from ditune.reports import page
 from ditune.reports.content import Expected, FrameStrip, ReportContent, TierShown
 
@@ -169,3 +171,19 @@ def test_the_page_says_whether_the_speedup_is_what_its_work_lets_expect(
     assert "gaps on the host" not in said
     far = replace(content, expected=Expected(2.0, measured * 1.5, parts))
     assert "33% less: gaps on the host" in text_of(page.render(far))
+
+
+def test_the_page_shows_what_the_search_saw_and_what_all_took(content: ReportContent) -> None:
+    assert "No part of this proof" not in text_of(page.render(content))
+    assert "The session took" not in text_of(page.render(content))
+    assert content.chosen is not None
+    chosen, spent = content.chosen, Spent(seconds=100.0, videos=10.0)
+    quality = {"psnr": chosen.evidence.quality["psnr"].model_copy(update={"mean": 33.3, "n": 3})}
+    seen = SearchFigures(trials=80, prompts=3, pairs=1, speedup=2.2, quality=quality)
+    evidence = chosen.evidence.model_copy(update={"search": seen})
+    cost = Cost(profile=spent, search=spent, proof=spent, forwards_per_video=100)
+    shown = replace(content, chosen=chosen.model_copy(update={"evidence": evidence}), cost=cost)
+    said = text_of(page.render(shown))
+    assert "No part of this proof: The search, which chose among 80 policies, saw 2.20x" in said
+    assert "The session took 300 s (profile 100 s" in said
+    assert "3,000 forwards." in said

@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 
+from ditune.db.cost import Cost, Spent
 from ditune.db.policy import (
     AdaptiveHandoff,
     BandedHandoff,
@@ -16,6 +17,7 @@ from ditune.db.policy import (
     Policy,
     RuleCache,
 )
+from ditune.db.records import Quality, SearchFigures
 from ditune.reports import words
 
 
@@ -152,3 +154,35 @@ def test_every_indicator_form_and_order_has_its_words() -> None:
 )
 def test_memory_is_said_in_the_unit_that_reads_best(byte_count: int, said: str) -> None:
     assert said == words.memory(byte_count)
+
+
+def test_what_a_search_saw_is_never_said_like_a_proof() -> None:
+    quality = {
+        "psnr": Quality(floor=35.0, mean=37.25, worst=31.0, n=3),
+        "psnr_worst": Quality(floor=27.0, mean=37.25, worst=31.0, n=3),
+    }
+    seen = SearchFigures(trials=20, prompts=3, pairs=1, speedup=2.1, quality=quality)
+    expected = (
+        "The search, which chose among 20 policies, saw 2.10x (1 pair), psnr 37.25, psnr_worst 31 "
+        "on 3 prompts of its own; a choice leans on luck."
+    )
+    assert expected == words.search_in_words(seen)
+    estimated = seen.model_copy(update={"speedup": None, "pairs": 0})
+    assert "saw psnr 37.25" in words.search_in_words(estimated)
+    never = SearchFigures(trials=1, prompts=0, pairs=0, speedup=None, quality={})
+    assert words.search_in_words(never) == (
+        "The search tried 1 policy and never this one: it was only predicted."
+    )
+
+
+def test_a_cost_is_said_part_by_part() -> None:
+    cost = Cost(
+        profile=Spent(seconds=60.0, videos=9.04),
+        search=Spent(seconds=200.4, videos=12.0),
+        proof=Spent(seconds=100.0, videos=20.0),
+        forwards_per_video=100,
+    )
+    assert words.cost_in_words(cost) == (
+        "360 s (profile 60 s, search 200 s, proof 100 s) and the compute of 41.0 plain videos "
+        "(profile 9.0, search 12.0, proof 20.0), 4,104 forwards"
+    )

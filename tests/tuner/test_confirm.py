@@ -5,7 +5,7 @@ import pytest
 
 from ditune.accel.apply import Summary
 from ditune.db.policy import MaskCache, Policy
-from ditune.db.records import Evidence, Quality, Trial
+from ditune.db.records import Evidence, Quality, SearchFigures, Trial
 from ditune.tuner.confirm import Confirmation, Listed, Proof, Provenance, confirm, missed
 from ditune.tuner.evaluate import Case, Outcome
 from ditune.tuner.quality import parse_constraints
@@ -119,6 +119,28 @@ def test_a_policy_that_is_not_certainly_faster_does_not_ship() -> None:
     _, found = run({0: (spread(40), 99.5)})
     assert found.policy is None
     assert "not certainly faster" in found.reasons[0]
+
+
+def test_what_the_search_saw_of_the_winner_is_kept_apart() -> None:
+    evaluator = Scripted({0: (spread(40), 50.0), 1: (spread(44), 60.0)})
+    winner = trial(0).policy
+    tried = trial(0).model_copy(update={"pairs": 1, "speedup": 2.5})
+
+    def seen(*trials: Trial) -> SearchFigures | None:
+        origin = Provenance("study-1", PROMPTS, trials)
+        proof = Proof(evaluator, CASES)  # type: ignore[arg-type]
+        return evidence_of(confirm(proof, Listed([winner]), origin)).search
+
+    figures = seen(trial(1), tried)
+    assert figures == SearchFigures(
+        trials=2, prompts=4, pairs=1, speedup=2.5, quality=tried.quality
+    )
+    # without a pair the speedup is no measured one, and what was never tried gave nothing
+    estimated = seen(tried.model_copy(update={"pairs": 0}))
+    assert estimated is not None
+    assert (estimated.speedup, estimated.prompts) == (None, 4)
+    assert seen(trial(1)) == SearchFigures(trials=1, prompts=0, pairs=0, speedup=None, quality={})
+    assert seen() is None
 
 
 def test_nothing_to_confirm() -> None:

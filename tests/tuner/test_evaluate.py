@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -49,6 +51,24 @@ def test_a_policy_costs_quality_and_leaves_the_pipeline_clean(evaluator: Evaluat
     assert np.array_equal(before, evaluator.generate(case)[0])
 
 
+def test_what_was_computed_is_counted_in_plain_videos(evaluator: Evaluator) -> None:
+    case = Case(evaluator.source.calibration[0], 3)
+    evaluator.plain(case)
+    evaluator.plain(case)
+    assert evaluator.videos == 1.0
+    outcome = evaluator.measure(HALF, case, paired=True)
+    assert outcome.summary.work_ratio == pytest.approx(STEPS / 5)
+    assert evaluator.videos == pytest.approx(1.0 + 1.0 + 5 / STEPS)
+    call = {**evaluator.source.call, "num_inference_steps": STEPS // 2}
+    source = replace(evaluator.source, call=call)  # type: ignore[type-var]
+    shorter = Evaluator(source, evaluator.constraints, plain=evaluator, worth=0.5)
+    shorter.measure(Policy(), case, paired=False)
+    assert evaluator.videos == pytest.approx(2.0 + 5 / STEPS + 0.5)
+    shorter.plain(case)
+    assert evaluator.videos == pytest.approx(2.0 + 5 / STEPS + 1.0)
+    assert shorter.videos == 0.0
+
+
 def test_order_alternates_and_stops_when_told(evaluator: Evaluator) -> None:
     cases = cases_of(evaluator.source.calibration, 5, seed=10)
     assert len({case.seed for case in cases}) == 5
@@ -65,7 +85,10 @@ def test_fewest_steps_hold_the_floors_and_one_fewer_does_not(source: FolderSourc
     assert loose.steps == 1
     assert loose.speedup is not None
     assert loose.speedup.n == 2
-    strict = fewest_steps(Evaluator(source, parse_constraints("psnr>=99")), cases)
+    demanding = Evaluator(source, parse_constraints("psnr>=99"))
+    strict = fewest_steps(demanding, cases)
+    tried = 3 + 5 + 6 + 7  # steps, on both cases, beside two plain videos
+    assert demanding.videos == pytest.approx(2.0 + 2.0 * tried / STEPS)
     assert (strict.steps, strict.speedup, strict.quality) == (STEPS, None, {})
 
 
@@ -77,6 +100,7 @@ def test_under_other_floors_the_plain_videos_are_the_same(evaluator: Evaluator) 
     outcome = other.measure(HALF, case, paired=False)
     assert set(outcome.values) == {"ssim"}
     assert outcome.earlier_ms is not None
+    assert other.videos == evaluator.videos == pytest.approx(1.0 + 5 / STEPS)
     second = Case(evaluator.source.calibration[1], 6)
     made = other.plain(second)
     assert evaluator.plain(second) is made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -10,8 +11,9 @@ from tests.tuner.test_schedule import trajectory_of
 from tests.tuner.test_search import STEPS, prior, profile
 
 from ditune.db.policy import MaskCache, Policy, RuleCache
-from ditune.db.records import Quality, Trial
-from ditune.tuner.frontier import Choice, Frontier, Glimpse, foreseeable, proposed, whole_mask
+from ditune.db.records import Quality, Score, Trial
+from ditune.tuner.frontier import Choice, Frontier, Glimpse, foreseeable, proposed
+from ditune.tuner.pace import whole_mask
 from ditune.tuner.schedule import gains
 from ditune.tuner.space import Space
 
@@ -32,7 +34,7 @@ def level_db(space: Space, policy: Policy) -> float:
     assert isinstance(policy.cache, MaskCache)
     assert space.schedules is not None
     computed = [step for step, action in enumerate(policy.cache.actions) if action == "full"]
-    where, squared = space.schedules.errors(computed)
+    where, _, squared = space.schedules.errors(computed)
     weights = gains(STEPS, 5.0) ** 2 * np.exp(np.linspace(-3.0, 1.0, STEPS + 1))
     return (
         22.0
@@ -120,7 +122,7 @@ def test_faster_masks_pass_less_often(space: Space) -> None:
             budget = computed(each.policy)
             by_budget[budget] = max(by_budget.get(budget, 0.0), each.chance)
     chances = [by_budget[budget] for budget in sorted(by_budget)]
-    assert chances[0] < 0.01
+    assert chances[0] < 0.1
     assert chances[-1] > 0.99
     assert all(low <= high + 0.05 for low, high in pairwise(chances))
 
@@ -210,3 +212,25 @@ def test_a_surprise_of_a_mask_is_mostly_its_own(space: Space) -> None:
     left, missed = surprising.quality["psnr"].mean - np.array([expected[0], fitted[0]])
     assert missed > 0.3  # the fit does not follow one mask alone
     assert left < 0.4 * missed
+
+
+def test_what_was_given_up_after_an_easy_prompt_is_not_taken_for_good(space: Space) -> None:
+    """Once other trials had all prompts, one of them says what the others would have given."""
+    hard = {0: 4.0, 1: 0.0, 2: -4.0}  # by how much prompts are easier than their mean
+
+    def scored(trial: Trial, seeds: Sequence[int]) -> Trial:
+        mean = level_db(space, trial.policy)
+        noise = np.random.default_rng(trial.number).normal(0.0, 0.1, len(hard))
+        scores = tuple(Score(seed=s, values={"psnr": mean + hard[s] + noise[s]}) for s in seeds)
+        quality = qualities(float(np.mean([s.values["psnr"] for s in scores])), n=len(seeds))
+        return trial.model_copy(update={"scores": scores, "quality": quality})
+
+    trials = [scored(trial, (0, 1, 2)) for trial in searched(space, 7)[1:]]
+    given_up = tried(9, space.policy(space.prior(5).parameters), 0.0)
+    given_up = given_up.model_copy(update={"state": "rejected"})
+    truth = level_db(space, given_up.policy)
+    for seeds in ((0,), (2,)):
+        frontier = Frontier(space, [*trials, scored(given_up, seeds)], (), PROOF_PROMPTS)
+        seen = frontier._glimpses[-1]
+        assert frontier._seen("psnr", seen).decibels == pytest.approx(truth, abs=0.5)
+        assert frontier._seen("psnr", seen).sd < 0.7 + 0.1 * abs(truth - FLOOR_DB)

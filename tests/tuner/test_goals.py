@@ -60,6 +60,6 @@ def test_the_small_model_serves_only_tiers_that_allow_it(tiny: FolderSource) -> 
     found, notes = goals(source, f"same:{PSNR};alike:{JUDGE}")
     assert [goal.space.hands_over for goal in found] == [False, True]
     assert "same-seed floor" in notes[0]
-    assert "the proof takes 212 videos instead of 20" in notes[1]
-    assert [len(goal.proof_cases) for goal in found] == [20, 212]
+    assert "the proof takes 212 videos instead of 30" in notes[1]
+    assert [len(goal.proof_cases) for goal in found] == [30, 212]
     assert [len(goal.search_cases) for goal in found] == [3, 34]

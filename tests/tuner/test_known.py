@@ -43,7 +43,8 @@ def test_a_later_search_begins_where_an_earlier_one_left_off(
     with Store.open(str(tmp_path / "second.db")) as other:
         other.save_study(store.studies()[0])
         search = searching(other, f"sqlite:///{tmp_path / 'second.study.db'}", runner := Formula())
-        trials = search.run(Budget(3), quiet, known)
+        search.learn_from(known)
+        trials = search.run(Budget(3), quiet)
         assert len(trials) == len(other.trials(STUDY)) == len(runner.ran) == 3
         assert [trial.number for trial in trials] == [0, 1, 2]
         assert all(trial.source != "baseline" for trial in trials)
@@ -58,7 +59,8 @@ def test_a_sampler_that_asks_for_a_known_policy_is_told_and_nothing_runs(
     monkeypatch.setattr(Ladders, "next", lambda *_: None)
     monkeypatch.setattr(Space, "policy", lambda *_: Policy())  # whatever is asked for
     known = tried(7, Policy(), 100.0).model_copy(update={"violation": {"psnr": -1.0}})
-    search.run(Budget(1), quiet, [known])
+    search.learn_from([known])
+    search.run(Budget(1), quiet)
     assert runner.ran == []
     assert store.trials(STUDY) == []
     assert all(trial.state.is_finished() for trial in search.study.trials)

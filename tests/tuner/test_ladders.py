@@ -139,7 +139,7 @@ def test_where_masks_are_foreseen_the_rules_still_have_their_turn() -> None:
     ladders = Ladders(space)
     done = [tried(0, Policy(), 100.0)]
     sampled = []
-    while len(done) < 16:
+    while len(done) < 21:
         proposal = ladders.next(done)
         number = len(done)
         if proposal is None:  # the sampler's turn
@@ -150,8 +150,8 @@ def test_where_masks_are_foreseen_the_rules_still_have_their_turn() -> None:
         policy = proposal.policy or space.policy(proposal.parameters)
         level = 30.0 if isinstance(policy.cache, RuleCache) else level_db(space, policy)
         done.append(tried(number, policy, level))
-    assert sampled == [4, 9, 14]
+    assert sampled == [9, 19]
     assert space.policy(space.default().parameters) == done[5].policy
     masks = [t.policy for t in done if isinstance(t.policy.cache, MaskCache)]
-    assert len(masks) == 11
-    assert len({policy.id for policy in masks}) == 11
+    assert len(masks) == 17
+    assert len({policy.id for policy in masks}) == 17

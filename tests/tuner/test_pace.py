@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 from tests.tuner.test_search import prior
 
-from ditune.db.policy import Action, AdaptiveHandoff, MaskCache, Policy
+from ditune.db.policy import Action, AdaptiveHandoff, MaskCache, Policy, RuleCache
 from ditune.db.records import Trial
 from ditune.tuner.handoffs import switched
 from ditune.tuner.pace import Pace, candidates
@@ -43,6 +43,31 @@ def test_one_unlucky_pair_does_not_turn_the_order_of_work_around() -> None:
     assert [t.number for t in candidates(trials, 3)] == [3, 2, 1]
     slow = [*trials[:2], cached(3, 3.6, 1.0)]  # so slow that it is no accident
     assert [t.number for t in candidates(slow, 3)] == [2, 3, 1]
+
+
+def masked(computed: int, speedup: float | None = None, pairs: int = 1) -> Trial:
+    actions: list[Action] = ["full" if step < computed else "step" for step in range(STEPS)]
+    policy = Policy(cache=MaskCache(actions=tuple(actions)))
+    expected = 1.0 / (0.2 + 0.8 * computed / STEPS)
+    found = measured(computed, policy, speedup or expected, STEPS / computed)
+    return found.model_copy(update={"pairs": pairs})
+
+
+def test_five_masks_tell_how_fast_every_other_will_be() -> None:
+    timed = [masked(computed) for computed in (4, 6, 9, 13, 18)]
+    unseen = masked(2)
+    assert Pace(timed[:4], SIGMAS).foreseen(unseen.policy) is None
+    assert Pace(timed, SIGMAS).foreseen(unseen.policy) == pytest.approx(unseen.speedup)
+    for unknown in (Policy(), handed(8), handed(8, computed=(0, 4)), Policy(cache=RuleCache())):
+        assert Pace(timed, SIGMAS).foreseen(unknown) is None
+
+
+def test_a_speedup_that_was_only_expected_teaches_nothing() -> None:
+    timed = [masked(computed) for computed in (4, 6, 9, 13, 18)]
+    wrong = masked(2, speedup=50.0, pairs=0)
+    pace = Pace([*timed, wrong], SIGMAS)
+    assert pace.foreseen(wrong.policy) == pytest.approx(masked(2).speedup)
+    assert pace.speedup(wrong) == pytest.approx(masked(2).speedup)
 
 
 def test_what_all_trials_agree_on_is_left_as_it_was_measured() -> None:

@@ -163,7 +163,7 @@ def test_optunas_storage_may_be_lost(store: Store, url: str, searching: Searchin
     first = searching(store, url, Formula())
     first.run(Budget(2), quiet)
     policy = Policy(cache=MaskCache(actions=("full", "step", *("full",) * 18)))
-    store.jobs.put(first._job(policy, "prior"))  # nobody will ask Optuna about it
+    store.jobs.put(first._job(policy, "prior", []))  # nobody will ask Optuna about it
     second = searching(store, url, Formula())
     assert len(second.run(Budget(3), quiet)) == 3
 

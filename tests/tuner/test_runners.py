@@ -114,6 +114,11 @@ def test_a_policy_gives_its_quality_and_speed(evaluate: Evaluate) -> None:
     assert trial.quality["psnr"].n == 2
     assert trial.speedup is not None and trial.speedup > 0.0
     assert trial.work_ratio == pytest.approx(2.0, rel=0.1)
+    assert trial.pairs == 1
+    assert trial.videos is not None and trial.work_ratio is not None
+    # two tuned ones and the plain one of the pair; the others only where they are not known yet
+    assert trial.videos % 1.0 == pytest.approx(2.0 / trial.work_ratio % 1.0)
+    assert 2.0 <= trial.videos <= 4.0 + 1e-9
 
 
 def test_the_plain_pipeline_is_known_without_running_it_against_itself(evaluate: Evaluate) -> None:
@@ -132,6 +137,7 @@ def test_what_the_pipeline_cannot_run_misses_every_floor(evaluate: Evaluate) -> 
     trial = evaluate(job(Policy(handoff=Handoff(sigma=0.5))))
     assert "hands over to a small model and none was given" in str(trial.reason)
     assert (trial.state, trial.speedup) == ("rejected", 1.0)
+    assert trial.videos is not None and trial.videos >= 2.0  # it ran plainly, on both prompts
     assert trial.violation == {"psnr": 1.0, "psnr_worst": 1.0}
 
 

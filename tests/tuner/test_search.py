@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import optuna
 import pytest
 import torch
+from optuna.trial import TrialState
+from tests.tuner.test_schedule import trajectory_of
 
 from ditune.accel.apply import Summary
 from ditune.db.engine import study_storage_url
-from ditune.db.policy import Action, Handoff, MaskCache, Policy
+from ditune.db.policy import Action, Handoff, MaskCache, Policy, RuleCache
 from ditune.db.records import (
     Hardware,
     LayerTiming,
@@ -23,11 +28,12 @@ from ditune.db.records import (
 )
 from ditune.db.store import Store
 from ditune.tuner.evaluate import Case, Outcome, one_by_one
-from ditune.tuner.pace import candidates
+from ditune.tuner.here import Here
+from ditune.tuner.pace import candidates, fastest_held
 from ditune.tuner.quality import parse_constraints
 from ditune.tuner.search import Budget, Search
 from ditune.tuner.space import Space
-from ditune.tuner.verdict import hopeless, missed_for_sure, search_speedup, violations
+from ditune.tuner.verdict import trial_of
 
 STEPS = 20
 STUDY = "study-1"
@@ -103,6 +109,7 @@ class ScriptedEvaluator:
 
     constraints = FLOORS
     device = torch.device("cpu")
+    videos = 0.0
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -202,6 +209,26 @@ def test_every_trial_takes_all_prompts_in_an_order_of_its_own(store: Store) -> N
     assert len(orders) > 1
 
 
+def test_masks_are_timed_until_their_speed_follows_from_their_work(store: Store) -> None:
+    def masked(computed: int) -> Policy:
+        actions: list[Action] = ["full" if step < computed else "step" for step in range(STEPS)]
+        return Policy(cache=MaskCache(actions=tuple(actions)))
+
+    found, _ = search(store)
+    timed = []
+    for computed in (8, 10, 12, 14, 16):
+        work = STEPS / computed
+        changes = {"speedup": 0.9 * work, "work_ratio": work, "pairs": 1}
+        timed.append(prior(computed, masked(computed)).model_copy(update=changes))
+    assert found._job(masked(11), "prior", timed[:4]).pairs == 1
+    job = found._job(masked(11), "prior", timed)
+    assert job.pairs == 0
+    assert job.expected_speedup == pytest.approx(0.9 * STEPS / 11, rel=0.02)
+    trial = trial_of(job, Here(found.evaluator).run(job), 1.0)
+    assert (trial.state, trial.pairs, trial.speedup) == ("complete", 0, job.expected_speedup)
+    assert found._job(Policy(cache=RuleCache()), "search", timed).pairs == 1
+
+
 def test_a_sampler_that_repeats_itself_spends_no_budget(store: Store) -> None:
     found, evaluator = search(store)
     found._proposed = lambda done: found.space.prior(7) if done else found.space.baseline()  # type: ignore[method-assign]
@@ -235,42 +262,46 @@ def test_no_time_left_means_no_trial(store: Store) -> None:
     assert not evaluator.calls
 
 
-def outcome(psnr: float, ratio: float = 2.0, pair: tuple[float, float] | None = None) -> Outcome:
-    summary = Summary(None, "", {}, 1, 1, 0, ratio, 0, 0, ())
-    baseline, tuned = pair or (None, 50.0)
-    return Outcome(Case("a", 0), {"psnr": psnr}, tuned, baseline, summary)
+@pytest.mark.parametrize(("source", "rejected"), [("default", True), ("prior", False)])
+def test_what_is_slower_than_what_holds_is_given_up_unless_it_teaches(
+    store: Store, source: Literal["default", "prior"], rejected: bool
+) -> None:
+    found, _ = search(store)
+    slow = MaskCache(actions=("full", "full", "full", "step") * (STEPS // 4))
+    proposals = [found.space.baseline(), found.space.prior(STEPS // 2)]
+    proposals += [replace(found.space.explicit(slow), source=source)]
+    found._ladders.next = lambda done: proposals[len(done)]  # type: ignore[method-assign]
+    *_, held, trial = found.run(Budget(trials=3), lambda *_: None)
+    assert held.feasible
+    assert trial.policy == Policy(cache=slow)
+    assert (trial.state == "rejected") == rejected
+    if not rejected:
+        return
+    assert trial.reason == "it is slower than what is known to hold: at most 1.33x by its work"
+    assert [len(trial.scores), trial.quality["psnr"].n] == [1, 1]
+    told = found.study.trials[2]
+    assert (told.state, set(told.constraints)) == (TrialState.COMPLETE, set(trial.violation))
+    assert told.values == [pytest.approx(15 / 20)]
 
 
-def test_a_lucky_pair_cannot_beat_the_work_left_out() -> None:
-    lucky = [outcome(40.0, ratio=1.5, pair=(100.0, 20.0))]
-    assert search_speedup(lucky) == 1.5
-    assert search_speedup([outcome(20.0, ratio=1.5)]) == 1.5  # given up before its pair
-    honest = [outcome(40.0, ratio=3.0, pair=(100.0, 50.0))]
-    assert pytest.approx(2.0) == search_speedup(honest)
+def test_so_many_trials_are_made_however_little_time_there_is(store: Store) -> None:
+    found, evaluator = search(store)
+    assert len(found.run(Budget(trials=5, seconds=-1.0, least=2), lambda *_: None)) == 2
+    assert len(evaluator.calls) == 1  # the first one is plain
 
 
-def test_a_hand_off_that_was_given_up_early_is_as_fast_as_it_was() -> None:
-    summary = Summary(None, "", {}, 1, 1, 1, 1.0, 0, 0, ())  # one forward of the small model
-    seen = [Outcome(Case("a", 0), {"psnr": 10.0}, 50.0, None, summary, earlier_ms=200.0)]
-    assert search_speedup(seen) == 4.0
-    unknown = [Outcome(Case("a", 0), {"psnr": 10.0}, 50.0, None, summary)]
-    assert search_speedup(unknown) == 1.0
-
-
-def test_hopeless_trials_end_early() -> None:
-    assert "below 27" in hopeless(FLOORS, [{"psnr": 26.0}])
-    assert "stay below" in hopeless(FLOORS, [{"psnr": 30.0}, {"psnr": 31.0}])
-    assert not hopeless(FLOORS, [{"psnr": 30.0}])
-    assert not hopeless(FLOORS, [{"psnr": 30.0}, {"psnr": 39.0}])
-
-
-def test_violations_have_a_margin_on_the_mean() -> None:
-    values = [{"psnr": 34.0}, {"psnr": 36.4}]
-    assert violations(FLOORS, values)["psnr"] > 0  # the mean holds, its margin does not
-    assert "miss 35" in missed_for_sure(FLOORS, values)
-    assert not missed_for_sure(FLOORS, [{"psnr": 50.0}])
-    assert violations(FLOORS, values)["psnr_worst"] < 0
-    assert all(v <= 0 for v in violations(FLOORS, [{"psnr": 50.0}]).values())
+def test_no_speed_is_asked_where_it_is_not_certain(store: Store) -> None:
+    found, evaluator = search(store)
+    done = found.run(Budget(trials=8), lambda *_: None)
+    fastest = fastest_held(done, found.space.sigmas)
+    assert fastest is not None and fastest > 1.5
+    policy = found.space.policy(found.space.default().parameters)
+    assert found._to_beat(policy, "search", done) == 0.98 * fastest
+    assert found._to_beat(policy, "search", done[:1]) is None  # only the plain pipeline held
+    assert found._to_beat(policy, "prior", done) is None
+    assert found._to_beat(Policy(handoff=Handoff(sigma=0.5)), "search", done) is None
+    evaluator.constraints = parse_constraints("judge>=-0.03")  # it counts
+    assert found._to_beat(policy, "search", done) is None
 
 
 @pytest.mark.parametrize("guidance", [True, False])
@@ -300,18 +331,15 @@ def test_handoff_lies_between_two_noise_levels() -> None:
     assert pytest.approx((1.0 - 7 / STEPS + 1.0 - 8 / STEPS) / 2) == handoff.sigma
 
 
-def test_shares_of_right_videos_are_given_up_by_their_bound_and_count_as_they_are() -> None:
-    floors = parse_constraints("judge_digit>=-0.03")
-
-    def scored(*scores: float) -> list[dict[str, float]]:
-        return [{"judge_digit": score} for score in scores]
-
-    assert "stay below" in hopeless(floors, scored(-1.0, -1.0, -1.0))
-    assert not hopeless(floors, scored(-1.0, -1.0, 0.0, 0.0))
-    assert not hopeless(floors, scored(-1.0, *[0.0] * 19))
-    assert "miss -0.03" in missed_for_sure(floors, scored(*[-1.0] * 4, *[0.0] * 30))
-    assert not missed_for_sure(floors, scored(*[-1.0] * 2, *[0.0] * 32))  # may be bad luck
-    assert not missed_for_sure(floors, scored(*[0.0] * 34))
-    assert violations(floors, scored(*[0.0] * 32))["judge_digit"] <= 0.0
-    assert violations(floors, scored(1.0, -1.0, *[0.0] * 30))["judge_digit"] <= 0.0
-    assert violations(floors, scored(-1.0, *[0.0] * 31))["judge_digit"] > 0.0
+def test_what_the_surrogate_asks_for_is_seen_to_its_end(store: Store) -> None:
+    random = np.random.default_rng(7)
+    outputs = np.cumsum(random.standard_normal((STEPS, 30)), axis=0)
+    space = Space(profile(), handoff=False, trajectories=[trajectory_of(outputs)])
+    found, _ = search(store)
+    blind = found.run(Budget(trials=6), lambda *_: None)  # without trajectories nothing is foreseen
+    policy = found.space.policy(found.space.prior(9).parameters)
+    assert found._job(policy, "prior", blind).expected
+    found.space = space
+    assert not found._job(policy, "prior", blind).expected
+    assert not found._job(policy, "warm", blind).expected
+    assert found._job(policy, "search", blind).expected

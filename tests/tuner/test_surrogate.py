@@ -32,7 +32,7 @@ def true_level(schedules: StepSchedules, cache: MaskCache) -> float:
     """Return a quality in which late errors count the most, against all that is usual."""
     weights = gains(STEPS, 5.0) ** 2 * np.exp(np.linspace(-3.0, 1.0, STEPS + 1))
     computed = [step for step, action in enumerate(cache.actions) if action == "full"]
-    where, squared = schedules.errors(computed)
+    where, _, squared = schedules.errors(computed)
     lost = 1.5 if cache.payload.form == "latent" else 0.0
     return LEVEL_DB - 10.0 * float(np.log10(squared @ weights[where])) - lost
 

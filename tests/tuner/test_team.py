@@ -93,7 +93,7 @@ def test_a_late_result_counts_for_nothing(store: Store, url: str, searching: Sea
     jobs = store.jobs
     search = searching(store, url, Formula())
     jobs.begin(STUDY)
-    jobs.put(search._job(Policy(), "baseline"))
+    jobs.put(search._job(Policy(), "baseline", []))
 
     class Overtaken(Formula):
         """Another worker does the same job while this one is paused."""
@@ -132,7 +132,7 @@ def test_a_lost_lease_ends_what_runs(
     jobs = store.jobs
     search = searching(store, url, Formula())
     jobs.begin(STUDY)
-    jobs.put(search._job(Policy(), "baseline"))
+    jobs.put(search._job(Policy(), "baseline", []))
     monkeypatch.setattr(Jobs, "renew", lambda *_: False)
     assert Worker(jobs, STUDY, Endless(), lease_s=0.1).step()
     assert jobs.counts(STUDY) == (1, 0)  # it waits for another attempt
@@ -197,6 +197,9 @@ def test_the_verdict_on_a_job_keeps_its_identity() -> None:
         whole.duration_s,
         whole.reason,
     ) == (1.5, 2.0, 4.0, None)
+    assert (whole.pairs, whole.videos) == (0, None)
+    counted = trial_of(job, Found(({"psnr": 50.0},) * 2, 1.5, 2.0, pairs=2, videos=3.5), 4.0)
+    assert (counted.pairs, counted.videos) == (2, 3.5)
     early = trial_of(job, Found(({"psnr": 5.0},)), 1.0)
     assert (early.state, "below 27" in str(early.reason)) == ("rejected", True)
     assert [score.seed for score in early.scores] == [0]

@@ -1,106 +1,119 @@
-"""What a trial of one search says under the floors of another."""
+"""What an evaluation gave becomes a trial, or the reason to end it early."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from tests.tuner.test_search import FLOORS, prior
+from tests.tuner.test_search import FLOORS, STUDY
 
-from ditune.db.policy import MaskCache, Policy
-from ditune.db.records import Job, Trial
+from ditune.accel.apply import Summary
+from ditune.db.policy import MaskCache, Policy, RuleCache
+from ditune.db.records import Expectation, Job
+from ditune.tuner.evaluate import Case, Outcome
 from ditune.tuner.quality import parse_constraints
-from ditune.tuner.verdict import Found, rejudged, trial_of, undecided, with_known
-
-SEEDS = (10, 11, 12)
-POLICY = Policy(cache=MaskCache(actions=("full", "step")))
-
-
-def ended(scores: list[float], floors: str, *, unfit: str = "", metric: str = "psnr") -> Trial:
-    """Return the trial of a job on three videos that ended with some scores."""
-    job = Job(
-        uuid="u",
-        study="first",
-        number=3,
-        source="prior",
-        policy=POLICY,
-        constraints=parse_constraints(floors),
-        prompts=("a", "b", "c"),
-        seeds=SEEDS,
-        pairs=1,
-    )
-    return trial_of(job, Found(tuple({metric: s} for s in scores), 2.0, 2.5, unfit), 1.0)
-
-
-def under(trial: Trial, floors: str, seeds: tuple[int, ...] = SEEDS) -> Trial:
-    found = rejudged(trial, parse_constraints(floors), seeds)
-    assert found is not None
-    return found
-
-
-@given(st.lists(st.floats(0, 100), min_size=3, max_size=3), st.floats(0, 100), st.floats(0, 100))
-def test_a_whole_trial_is_judged_as_if_it_had_been_run_under_the_new_floors(
-    scores: list[float], mean: float, worst: float
-) -> None:
-    floors = f"psnr>={mean:.3f},psnr_worst>={worst:.3f}"
-    fresh = ended(scores, floors)
-    assert under(ended(scores, "psnr>=0"), floors) == fresh.model_copy(
-        update={"created_at": under(ended(scores, "psnr>=0"), floors).created_at}
-    )
-    assert not undecided(fresh)
-
-
-def test_it_stays_the_trial_that_it_is() -> None:
-    trial = ended([40.0, 41.0, 42.0], "psnr>=35")
-    found = under(trial, "psnr>=45")
-    assert not found.feasible
-    assert found.reason == "psnr: 3 prompts miss 45"
-    assert (found.uuid, found.study, found.number) == ("u", "first", 3)
-    assert (found.speedup, found.work_ratio) == (2.0, 2.5)
-
-
-def test_what_was_given_up_is_open_under_looser_floors() -> None:
-    trial = ended([20.0], "psnr>=35,psnr_worst>=27")
-    assert (trial.state, undecided(trial)) == ("rejected", False)
-    found = under(trial, "psnr>=22,psnr_worst>=15")
-    assert (found.state, undecided(found), found.feasible) == ("rejected", True, False)
-    assert found.quality["psnr"].n == 1
-    again = under(trial, "psnr>=22,psnr_worst>=21")  # its one video is below that too
-    assert (again.state, undecided(again)) == ("rejected", False)
-    assert "a prompt gave 20" in str(again.reason)
-
-
-def test_what_cannot_run_cannot_under_any_floors() -> None:
-    trial = ended([], "psnr>=35", unfit="it needs more memory")
-    found = under(trial, "ssim>=0.1,judge>=-1")
-    assert found.reason == "it cannot run here: it needs more memory"
-    assert found.violation == {"ssim": 1.0, "judge": 1.0}
-    assert (found.quality, undecided(found)) == ({}, False)
-
-
-def test_other_videos_and_metrics_say_nothing() -> None:
-    trial = ended([40.0, 41.0, 42.0], "psnr>=35")
-    assert rejudged(trial, parse_constraints("psnr>=35,ssim>=0.9"), SEEDS) is None
-    assert rejudged(trial, FLOORS, (20, 21)) is None
-    assert rejudged(trial.model_copy(update={"state": "failed"}), FLOORS, SEEDS) is None
-    old = trial.model_copy(update={"scores": ()})  # of a release that kept none
-    assert rejudged(old, FLOORS, SEEDS) is None
-
-
-@pytest.mark.parametrize(
-    ("seeds", "state", "count"), [((10, 11), "complete", 2), ((11, 99), "rejected", 1)]
+from ditune.tuner.sequential import guessed
+from ditune.tuner.verdict import (
+    Found,
+    given_up,
+    hopeless,
+    missed_for_sure,
+    search_speedup,
+    trial_of,
+    violations,
 )
-def test_only_the_videos_of_the_new_search_count(
-    seeds: tuple[int, ...], state: str, count: int
-) -> None:
-    found = under(ended([40.0, 41.0, 42.0], "psnr>=35"), "psnr>=30", seeds)
-    assert (found.state, found.quality["psnr"].n) == (state, count)
-    given_up = ended([20.0, 21.0], "psnr>=35,psnr_worst>=27")
-    assert undecided(under(given_up, "psnr>=15", (10, 11)))  # its speed was never measured
 
 
-def test_of_a_policy_that_was_tried_again_its_own_trial_counts() -> None:
-    other = Policy(cache=MaskCache(actions=("full", "full", "step")))
-    known, own = [prior(0, POLICY), prior(1, other)], [prior(2, POLICY)]
-    assert with_known(known, own) == [known[1], own[0]]
-    assert with_known(known, []) == known
+def outcome(psnr: float, ratio: float = 2.0, pair: tuple[float, float] | None = None) -> Outcome:
+    summary = Summary(None, "", {}, 1, 1, 0, ratio, 0, 0, ())
+    baseline, tuned = pair or (None, 50.0)
+    return Outcome(Case("a", 0), {"psnr": psnr}, tuned, baseline, summary)
+
+
+def test_a_lucky_pair_cannot_beat_the_work_left_out() -> None:
+    lucky = [outcome(40.0, ratio=1.5, pair=(100.0, 20.0))]
+    assert search_speedup(lucky) == 1.5
+    assert search_speedup([outcome(20.0, ratio=1.5)]) == 1.5  # given up before its pair
+    honest = [outcome(40.0, ratio=3.0, pair=(100.0, 50.0))]
+    assert pytest.approx(2.0) == search_speedup(honest)
+
+
+def test_a_hand_off_that_was_given_up_early_is_as_fast_as_it_was() -> None:
+    summary = Summary(None, "", {}, 1, 1, 1, 1.0, 0, 0, ())  # one forward of the small model
+    seen = [Outcome(Case("a", 0), {"psnr": 10.0}, 50.0, None, summary, earlier_ms=200.0)]
+    assert search_speedup(seen) == 4.0
+    unknown = [Outcome(Case("a", 0), {"psnr": 10.0}, 50.0, None, summary)]
+    assert search_speedup(unknown) == 1.0
+
+
+def test_hopeless_trials_end_early() -> None:
+    expected = guessed(FLOORS, 3)
+    assert "a prompt gave 26, below 27" in hopeless(FLOORS, [{"psnr": 26.0}], {})
+    assert "after 2 of its prompts it will miss 35" in hopeless(
+        FLOORS, [{"psnr": 30.0}, {"psnr": 31.0}], expected
+    )
+    assert not hopeless(FLOORS, [{"psnr": 30.0}, {"psnr": 31.0}], {})
+    assert not hopeless(FLOORS, [{"psnr": 33.0}], expected)
+    assert not hopeless(FLOORS, [{"psnr": 33.0}, {"psnr": 39.0}], expected)
+
+
+def job(policy: Policy, faster_than: float) -> Job:
+    return Job(
+        uuid="u",
+        study=STUDY,
+        number=0,
+        source="search",
+        policy=policy,
+        constraints=FLOORS,
+        prompts=("a",),
+        seeds=(0,),
+        pairs=1,
+        faster_than=faster_than,
+    )
+
+
+def test_what_is_given_up_after_an_easy_prompt_misses_its_floor() -> None:
+    pattern = Expectation(differences=(6.0, -6.0), sd=0.1, freedom=9)
+    asked = job(Policy(), faster_than=1.0).model_copy(
+        update={"prompts": ("a", "b"), "seeds": (0, 1), "expected": {"psnr": pattern}}
+    )
+    trial = trial_of(asked, Found(({"psnr": 38.0},)), 1.0)
+    assert trial.reason == "psnr: after 1 of its prompts it will miss 35"
+    assert trial.quality["psnr"].mean == 38.0  # what was seen
+    # 26 follows: a mean of 32 with a bound 8.3 below it, and a worst prompt below 27
+    assert trial.violation == pytest.approx({"psnr": 11.3 / 35, "psnr_worst": 1 / 27}, abs=2e-3)
+    held = trial_of(asked, Found(({"psnr": 60.0}, {"psnr": 60.0})), 1.0)
+    assert held.feasible
+
+
+def test_a_rule_may_leave_out_more_of_another_video() -> None:
+    mask, rule = Policy(cache=MaskCache(actions=("full",))), Policy(cache=RuleCache(threshold=0.1))
+    good = [{"psnr": 50.0}]
+    assert given_up(job(mask, faster_than=2.0), good, work_ratio=1.9)
+    assert not given_up(job(mask, faster_than=2.0), good, work_ratio=2.0)
+    assert not given_up(job(rule, faster_than=2.0), good, work_ratio=1.9)
+    assert given_up(job(rule, faster_than=2.0), good, work_ratio=1.5)
+
+
+def test_violations_have_a_margin_on_the_mean() -> None:
+    values = [{"psnr": 34.0}, {"psnr": 36.4}]
+    assert violations(FLOORS, values)["psnr"] > 0  # the mean holds, its margin does not
+    assert "miss 35" in missed_for_sure(FLOORS, values)
+    assert not missed_for_sure(FLOORS, [{"psnr": 50.0}])
+    assert violations(FLOORS, values)["psnr_worst"] < 0
+    assert all(v <= 0 for v in violations(FLOORS, [{"psnr": 50.0}]).values())
+
+
+def test_shares_of_right_videos_are_given_up_by_their_bound_and_count_as_they_are() -> None:
+    floors = parse_constraints("judge_digit>=-0.03")
+
+    def scored(*scores: float) -> list[dict[str, float]]:
+        return [{"judge_digit": score} for score in scores]
+
+    assert "stay below" in hopeless(floors, scored(-1.0, -1.0, -1.0), {})
+    assert not hopeless(floors, scored(-1.0, -1.0, 0.0, 0.0), {})
+    assert not hopeless(floors, scored(-1.0, *[0.0] * 19), {})
+    assert "miss -0.03" in missed_for_sure(floors, scored(*[-1.0] * 4, *[0.0] * 30))
+    assert not missed_for_sure(floors, scored(*[-1.0] * 2, *[0.0] * 32))  # may be bad luck
+    assert not missed_for_sure(floors, scored(*[0.0] * 34))
+    assert violations(floors, scored(*[0.0] * 32))["judge_digit"] <= 0.0
+    assert violations(floors, scored(1.0, -1.0, *[0.0] * 30))["judge_digit"] <= 0.0
+    assert violations(floors, scored(-1.0, *[0.0] * 31))["judge_digit"] > 0.0

@@ -21,8 +21,10 @@ from rich.table import Table
 
 from ditune.cli.sources import print_json
 from ditune.db.records import PolicyFile, Quality, Trial
+from ditune.reports.words import cost_in_words
 
 if TYPE_CHECKING:
+    from ditune.db.cost import Cost
     from ditune.tuner.progress import Stage
     from ditune.tuner.result import Result
 
@@ -90,6 +92,7 @@ def print_result(result: Result, out: Path, report: Path, url: str, json_output:
         console.print(f"file     {escape(str(out / 'policy.json'))}")
     if (tiers := _tiers_table(result)) is not None:
         console.print(tiers)
+    console.print(f"cost     {cost_in_words(result.cost)}")
     console.print(f"database {escape(url)}")
     console.print(f"report   {escape(str(report))}")
 
@@ -153,6 +156,7 @@ def run_json(result: Result, out: Path, report: Path, url: str) -> dict[str, Any
         "quality": proved["quality"],
         "bound_by": proved["bound_by"],
         "trials": _trial_counts(result.trials),
+        "cost": _cost(result.cost),
         "hardware": result.profile.hardware.model_dump(mode="json"),
         "workload": result.profile.workload.model_dump(mode="json"),
         "status": proved["status"],
@@ -171,6 +175,10 @@ def _proved_json(found: PolicyFile | None, file: Path) -> dict[str, Any]:
         "bound_by": evidence.bound_by if evidence else None,
         "status": evidence.status if evidence else "infeasible",
     }
+
+
+def _cost(cost: Cost) -> dict[str, Any]:
+    return {**cost.model_dump(mode="json"), "videos": cost.videos, "forwards": cost.forwards}
 
 
 def _quality(quality: dict[str, Quality]) -> dict[str, Any]:

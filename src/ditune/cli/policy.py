@@ -59,11 +59,19 @@ def list_policies(db: sources.Database = None, json_output: sources.Json = False
 
 @app.command("show")
 def show(policy_id: Id, db: sources.Database = None) -> None:
-    """Print one policy with its evidence, as the JSON of a policy file."""
+    """Print one policy with its evidence, as the JSON of a policy file.
+
+    What its search saw of it is said on standard error, so that nobody takes it for proved.
+    """
     from ditune.db.store import Store
+    from ditune.reports.words import search_in_words
 
     with Store.open(sources.database_url(db)) as store:
-        sources.print_json(store.policy(policy_id).model_dump(mode="json"))
+        found = store.policy(policy_id)
+    sources.print_json(found.model_dump(mode="json"))
+    if found.evidence.search is not None:
+        said = f"evidence.search is no proof. {search_in_words(found.evidence.search)}"
+        Console(stderr=True, soft_wrap=True, highlight=False).print(escape(said))
 
 
 @app.command("verify")

@@ -25,6 +25,7 @@ def content_of(result: Result) -> ReportContent:
         cache_bytes=_cache_bytes(result),
         expected=_expected(result),
         tiers=shown_tiers(result),
+        cost=result.cost,
     )
 
 

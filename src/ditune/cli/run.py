@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _RESUMED = ("model", "small_model", "prompts", "quality", "tiers", "device", "out", "junit", "db")
 _RESUMED_INTEGERS = ("trials", "seed", "steps", "height", "width", "frames")
 _RESUMED_NUMBERS = ("guidance", "time_limit", "memory_limit")
-_RESUMED_SWITCHES = ("miniature", "in_process", "workers")
+_RESUMED_SWITCHES = ("miniature", "in_process", "workers", "no_warm_start")
 
 
 class Interrupted(DituneError):
@@ -59,8 +59,14 @@ def run(
     ] = 20,
     time_limit: Annotated[
         float | None,
-        typer.Option("--time-limit", min=0.1, help="Minutes that the search may take."),
+        typer.Option(
+            "--time-limit", min=0.1, help="Minutes for profile and search; the proof is extra."
+        ),
     ] = None,
+    no_warm_start: Annotated[
+        bool,
+        typer.Option("--no-warm-start", help="Do not begin with what other searches proved."),
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of the search.")] = 0,
     steps: sources.Steps = None,
     height: sources.Height = None,
@@ -109,6 +115,7 @@ def run(
         "tiers": tiers,
         "trials": trials,
         "time_limit": time_limit,
+        "no_warm_start": no_warm_start,
         "seed": seed,
         "steps": steps,
         "height": height,
@@ -236,8 +243,9 @@ def _options(asked: dict[str, Any]) -> Options:
         quality=asked["quality"],
         tiers=asked["tiers"],
         trials=asked["trials"],
-        search_seconds=limit * 60.0 if limit else float("inf"),
+        time_limit_s=limit * 60.0 if limit else float("inf"),
         seed=asked["seed"],
+        warm_start=not asked["no_warm_start"],
         arguments=kept,
     )
 
