@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -115,7 +116,7 @@ class Applied:
         self._locator = Locator(pipe)
         self._stacks: dict[int, BlockStack] = {}
         self._rebuild: dict[int, Callable[[Tensor], Any]] = {}  # how each model returns
-        self._matches: dict[Request, Match] = {}
+        self._matches: dict[tuple[str, Request], Match] = {}
         self._warned: set[str] = set()
         self._models: list[nn.Module] = []
         small_model = None if self._small is None else self._small.model
@@ -139,6 +140,30 @@ class Applied:
         while self._models:
             detach(self._models.pop())
         self._bring_back()
+
+    @contextmanager
+    def using(self, tier: str) -> Iterator[Self]:
+        """Take the policies of another tier for the calls that begin in the block.
+
+        A call that runs already keeps the policy that it began with.
+
+        Args:
+            tier: Where nothing is stored under it the calls run as they are; the reason names the
+                tiers that there are.
+
+        Raises:
+            UsageFault: The policy was given and is not looked up.
+        """
+        if self._policy is not None:
+            raise UsageFault(
+                f"there is no tier {tier!r} to choose: the policy was given by the caller; call "
+                "accelerate(pipe) without one to have it looked up"
+            )
+        before, self._tier = self._tier, tier
+        try:
+            yield self
+        finally:
+            self._tier = before
 
     def finish(self) -> None:
         """Begin anew with the next forward, whatever its step; counters stay for `summary`."""
@@ -285,9 +310,10 @@ class Applied:
             request = observed(self._pipe, latents, where.steps)
         except UsageFault as fault:
             return Match(kind="baseline", reason=str(fault))
-        if request not in self._matches:
-            self._matches[request] = self._look_up(request, latents)
-        return self._matches[request]
+        key = (self._tier, request)
+        if key not in self._matches:
+            self._matches[key] = self._look_up(request, latents)
+        return self._matches[key]
 
     def _look_up(self, request: Request, latents: Tensor) -> Match:
         """Return the policy of a request: one that hands over if there is a small model, else any.
@@ -337,7 +363,8 @@ def accelerate(
             it comes, which breaks CUDA graphs. Neither sees weights that change later: fuse
             LoRAs before.
         db: The policy database; `$DITUNE_DB` or the user's data folder by default.
-        tier: Which of several stored trade-offs.
+        tier: Which of several stored trade-offs; the handle's `using(tier)` chooses another one for
+            some calls.
 
     Returns:
         A handle: use it in `with`, or call `remove()`; `summary()` tells what the last call did.

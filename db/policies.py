@@ -95,6 +95,26 @@ def history(session: Session, hardware_key: str, workload_key: str, tier: str) -
     return list(session.scalars(query))
 
 
+def tiers(session: Session, policy_file: PolicyFile, where: str) -> list[str]:
+    """Return the tiers under which a policy is in use with the evidence that it comes with."""
+    query = (
+        select(ActiveRow.tier, EvidenceRow.body)
+        .join(EvidenceRow, EvidenceRow.id == ActiveRow.evidence_id)
+        .where(
+            EvidenceRow.policy == policy_file.policy_id,
+            EvidenceRow.hardware_key == policy_file.hardware.key,
+            EvidenceRow.workload_key == policy_file.workload.key,
+        )
+        .order_by(ActiveRow.tier)
+    )
+    what = f"a piece of evidence in {where}"
+    return [
+        tier
+        for tier, text in session.execute(query)
+        if parse(Evidence, text, what) == policy_file.evidence
+    ]
+
+
 def stored() -> Select[*Stored]:
     """Return the query for all policies with their evidence, the last stored first."""
     return (

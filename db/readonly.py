@@ -25,6 +25,7 @@ PLANTED = "SELECT name FROM sqlite_master WHERE type NOT IN ('table', 'index')"
 LOCK_WAIT_S = 5.0
 _MAX_VALUE_BYTES = 4 << 20  # no body of ours comes near it
 _MAX_CANDIDATES = 1000  # how many stored keys a reason compares with
+_LISTED_MOST = 7  # a run's tiers, and the default
 _MINOR_MATTERS = ("torch", "diffusers", "transformers")
 _DAMAGED = "restore a backup, or move it away to start anew"
 Fact = TypeVar("Fact", Hardware, Workload)
@@ -159,9 +160,8 @@ def _why_none(
 ) -> str:
     """Say in one sentence what is stored instead of what was asked for."""
     asked = (hardware.key, workload.key)
-    tiers = _column(
-        connection, "SELECT tier FROM active WHERE hardware_key = ? AND workload_key = ?", asked
-    )
+    query = "SELECT tier FROM active WHERE hardware_key = ? AND workload_key = ? ORDER BY tier"
+    tiers = _column(connection, query, asked)
     if tiers:
         return f"no policy of tier {tier!r} for this hardware and workload, only {_listed(tiers)}"
     workloads = _facts(connection, path, Workload, hardware.key)
@@ -239,7 +239,7 @@ def _column(connection: sqlite3.Connection, query: str, values: tuple[str, ...])
 
 
 def _listed(values: Sequence[object]) -> str:
-    return ", ".join(str(value) for value in values[:5]) or "none"
+    return ", ".join(str(value) for value in values[:_LISTED_MOST]) or "none"
 
 
 def _minor(version: str) -> str:

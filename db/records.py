@@ -270,6 +270,7 @@ class Study(Record):
     settings: Settings
     created_at: Timestamp
     arguments: dict[str, str] = Field(default_factory=dict)
+    tier: Name | None = None  # which of a run's trade-offs; None where it has one only
 
 
 class Score(Record):

@@ -7,6 +7,7 @@ checked on the way out, so a damaged row is an error and never a wrong policy.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -123,15 +124,22 @@ class Store(Transactions):
         with self._writing() as session:
             policies.activate(session, evidence_id, tier)
 
-    def save_and_activate(self, policy_file: PolicyFile, tier: str = "default") -> int:
-        """Keep a policy and put it in use: both or neither; return the evidence's number.
+    def save_and_activate(
+        self, policy_file: PolicyFile, tiers: Collection[str] = ("default",)
+    ) -> int:
+        """Keep a policy and put it in use: all or nothing; return the evidence's number.
+
+        Args:
+            policy_file: What to keep.
+            tiers: Under which of several trade-offs it is found.
 
         Raises:
             CorruptData: The file's `policy_id` is not the digest of its policy.
         """
         with self._writing() as session:
             evidence_id = policies.keep(session, policy_file)
-            policies.activate(session, evidence_id, tier)
+            for tier in tiers:
+                policies.activate(session, evidence_id, tier)
             return evidence_id
 
     def active(
@@ -183,6 +191,11 @@ class Store(Transactions):
             raise UsageFault(f"{len(ids)} policies begin with {prefix}: give more digits of its id")
         return found[0]
 
+    def tiers_in_use(self, policy_file: PolicyFile) -> list[str]:
+        """Return the tiers under which a lookup finds this policy with this evidence, by name."""
+        with self._reading() as session:
+            return policies.tiers(session, policy_file, self.where)
+
     def activations(
         self, hardware: Hardware, workload: Workload, tier: str = "default"
     ) -> list[str]:
@@ -193,7 +206,7 @@ class Store(Transactions):
     # --- searches --------------------------------------------------------------------------------
 
     def save_study(self, study: Study) -> None:
-        """Keep a study; of several workers that start the same one the first is kept.
+        """Keep a study; one that is known stays, with the arguments that it was last asked with.
 
         Raises:
             CorruptData: Another search is stored under the same name.
@@ -201,12 +214,15 @@ class Store(Transactions):
         row = {"name": study.name, "body": body(study), "created_at": study.created_at}
         with self._writing() as session:
             insert_new(session, StudyRow, row)
-            stored = self._study(session.get_one(StudyRow, study.name).body)
-        if stored.settings != study.settings:
-            raise CorruptData(
-                f"{self.where} holds another search under the name {study.name}: its settings "
-                "differ, so it is damaged; restore a backup, or use another database"
-            )
+            kept = session.get_one(StudyRow, study.name, with_for_update=True)
+            stored = self._study(kept.body)
+            if stored.settings != study.settings:
+                raise CorruptData(
+                    f"{self.where} holds another search under the name {study.name}: its settings "
+                    "differ, so it is damaged; restore a backup, or use another database"
+                )
+            asked = {"arguments": study.arguments, "tier": study.tier}
+            kept.body = body(stored.model_copy(update=asked))
 
     def study(self, name: str) -> Study | None:
         """Return a study by its name, None if there is none."""

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from ditune.db.policy import MaskCache
 from ditune.db.records import LayerTiming, Trial
 from ditune.reports import figures, gather
-from ditune.reports.content import ReportContent
+from ditune.reports.content import ReportContent, TierShown
 from ditune.reports.words import (
     action_counts,
     counted_action,
     duration,
     factor,
+    interval,
     metric_label,
     number,
     policy_in_brief,
@@ -110,6 +111,26 @@ def ways_table(content: ReportContent) -> Table | None:
     found = gather.ways(content.trials)
     head = ("way", "trials", "fastest that held", "speedup", "policy")
     return Table(head, tuple(map(row, found)), frozenset({0, 4})) if found else None
+
+
+def tiers_table(tiers: Sequence[TierShown]) -> Table | None:
+    """Return one row for each tier: its floors, and what was proved; None where there are none."""
+
+    def row(tier: TierShown) -> tuple[str, ...]:
+        floors = ", ".join(f"{c.name}>={c.floor:g}" for c in tier.floors)
+        if tier.chosen is None:
+            return (tier.name, floors, NONE, NONE, NONE, "none held the floors")
+        evidence = tier.chosen.evidence
+        values = (
+            f"{c.name} {number(gather.bounded_value(c, evidence.quality[c.name]))}"
+            for c in tier.floors
+            if c.name in evidence.quality
+        )
+        speed = (factor(evidence.speedup.median), interval(evidence.speedup))
+        return (tier.name, floors, *speed, ", ".join(values), tier.chosen.policy_id[:19])
+
+    head = ("tier", "floors", "speedup", "95 % interval", "quality", "policy")
+    return Table(head, tuple(map(row, tiers)), frozenset({0, 1, 4, 5})) if tiers else None
 
 
 def ending(trial: Trial) -> str:

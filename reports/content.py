@@ -9,7 +9,7 @@ import numpy as np
 
 from ditune.db.cost import Cost
 from ditune.db.record import Status
-from ditune.db.records import Interval, PolicyFile, Profile, Quality, Study, Trial
+from ditune.db.records import Constraint, Interval, PolicyFile, Profile, Quality, Study, Trial
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +59,21 @@ class Expected:
     parts_ms: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class TierShown:
+    """One of several trade-offs of a run.
+
+    Attributes:
+        name: Under which it is looked up.
+        floors: What it was asked to hold.
+        chosen: The policy that held on unseen prompts; None if none did.
+    """
+
+    name: str
+    floors: tuple[Constraint, ...]
+    chosen: PolicyFile | None
+
+
 @dataclass(frozen=True, eq=False)
 class ReportContent:
     """Everything that one page is made of.
@@ -72,6 +87,7 @@ class ReportContent:
         fewer_steps: The baseline of fewer steps; None if it was not run.
         cache_bytes: What the chosen policy's caches hold; None if that is not known.
         expected: What its work lets expect; None if that is not known.
+        tiers: The trade-offs of the run, in order; all else is about that of the study.
         cost: What the whole session took; None if that is not known.
     """
 
@@ -83,4 +99,5 @@ class ReportContent:
     fewer_steps: FewerSteps | None = None
     cache_bytes: int | None = None
     expected: Expected | None = None
+    tiers: tuple[TierShown, ...] = ()
     cost: Cost | None = None

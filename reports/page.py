@@ -86,6 +86,7 @@ def _evidence(content: ReportContent) -> dict[str, Any]:
         "profile_words": summary.profile_in_words(content.profile),
         "trials": charts.trials_table(content),
         "ways": charts.ways_table(content),
+        "tiers": charts.tiers_table(content.tiers),
         "trials_given": len(content.trials),
         "groups": summary.conditions(content),
     }

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -79,6 +80,13 @@ class Evaluates(Protocol):
         """Measure a policy case by case."""
 
 
+@dataclass
+class _Computed:
+    """How many plain videos' worth of compute evaluators took that share them."""
+
+    videos: float = 0.0
+
+
 class Evaluator:
     """Runs a source's pipeline plain and tuned; plain videos are generated once and kept."""
 
@@ -107,7 +115,22 @@ class Evaluator:
         self._flip = False
         self._reference = plain or self
         self._worth = worth
-        self.videos = 0.0  # plain ones' worth of compute so far
+        self._computed = _Computed()
+
+    @property
+    def videos(self) -> float:
+        """Plain ones' worth of compute so far, that under other floors included."""
+        return self._computed.videos
+
+    @videos.setter
+    def videos(self, videos: float) -> None:
+        self._computed.videos = videos
+
+    def under(self, constraints: Sequence[Constraint]) -> Self:
+        """Return an evaluator of the same source under other floors; plain videos are shared."""
+        other = copy(self)
+        other.constraints = tuple(constraints)
+        return other
 
     def plain(self, case: Case) -> np.ndarray:
         """Return the plain video of a case, [frames, height, width, 3] in [0, 1]."""

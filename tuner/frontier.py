@@ -24,6 +24,7 @@ from ditune.tuner.quality import UNSEEN, in_decibels
 from ditune.tuner.sequential import pattern
 from ditune.tuner.space import Proposal, Space
 from ditune.tuner.surrogate import Seen, Surrogate
+from ditune.tuner.verdict import undecided
 
 _SPREAD_DB, _SPREAD_WEIGHT = 2.0, 4.0  # between prompts before any is seen; worth so many
 _SAME_SD = 0.5  # dB: what the surrogate cannot know of a mask on given prompts
@@ -223,7 +224,7 @@ def proposed(space: Space, trials: Sequence[Trial], proof_prompts: int) -> Propo
         trials: So far.
         proof_prompts: How many prompts the proof will take.
     """
-    tried = {trial.policy.id for trial in trials}
+    tried = {trial.policy.id for trial in trials if not undecided(trial)}
     if not any(whole_mask(trial.policy) and trial.quality for trial in trials):
         firsts = (space.prior(budget) for budget in _first_budgets(space, trials))
         return next((p for p in firsts if space.policy(p.parameters).id not in tried), None)

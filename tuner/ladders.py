@@ -21,6 +21,7 @@ from ditune.tuner.handoffs import first_guess, large_window, latest
 from ditune.tuner.pace import whole_mask
 from ditune.tuner.quality import PROOF_PROMPTS
 from ditune.tuner.space import EARLY, Proposal, Space
+from ditune.tuner.verdict import undecided
 
 # how many steps more than held, and the place in EARLY
 _LONGER = ((0, 2), (1, 0), (1, 2), (2, 0), (2, 2), (3, 0))
@@ -55,7 +56,7 @@ class Ladders:
 
     def next(self, done: Sequence[Trial]) -> Proposal | None:
         """Return the next proposal that was not tried yet, None when enough is known."""
-        tried = {trial.policy.id for trial in done}
+        tried = {trial.policy.id for trial in done if not undecided(trial)}
         for proposal in self._warm:
             if proposal.policy is not None and proposal.policy.id not in tried:
                 return proposal
@@ -232,6 +233,8 @@ def _tells(trial: Trial) -> bool:
 
     Where the latter missed, its steps or its payload may only be wrong for this model.
     """
+    if undecided(trial):
+        return False
     return trial.source == "prior" or (trial.source == "warm" and trial.feasible)
 
 

@@ -26,17 +26,24 @@ class Meter:
 
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[None]:
-        """Measure a stage; each is measured once."""
+        """Measure a stage; what it took before is added."""
+        earlier = self.spent(stage)
         began, before = self.seconds, self._videos()
         yield
-        spent = Spent(seconds=self.seconds - began, videos=self._videos() - before)
-        self._spent[stage] = spent
+        self._spent[stage] = Spent(
+            seconds=earlier.seconds + self.seconds - began,
+            videos=earlier.videos + self._videos() - before,
+        )
+
+    def spent(self, stage: Stage) -> Spent:
+        """Return what a stage took so far."""
+        return self._spent.get(stage, Spent(seconds=0.0, videos=0.0))
 
     def cost(self, forwards_per_video: int) -> Cost:
         """Return what all three stages took."""
         return Cost(
-            profile=self._spent["profile"],
-            search=self._spent["search"],
-            proof=self._spent["confirm"],
+            profile=self.spent("profile"),
+            search=self.spent("search"),
+            proof=self.spent("confirm"),
             forwards_per_video=forwards_per_video,
         )

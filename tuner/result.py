@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +19,7 @@ class Options:
     """How to search; the defaults suit a pipeline whose videos take seconds."""
 
     quality: str | None = None  # floors; the source's own by default
+    tiers: str | None = None  # several sets of floors instead: see `tiers.split_tiers`
     trials: int = 20
     time_limit_s: float = float("inf")  # of profile and search; the proof takes what it needs
     seed: int = 0
@@ -40,8 +41,25 @@ class FramePair:
 
 
 @dataclass(frozen=True)
+class TierResult:
+    """What the search and the proof of one tier gave; no `policy_file` where none held."""
+
+    study: Study
+    trials: tuple[Trial, ...]
+    policy_file: PolicyFile | None
+    passed_over: tuple[str, ...]
+
+    def best_seen(self) -> str:
+        """Say in one sentence how close the search came, for a search that found nothing."""
+        return _best_seen(self.trials)
+
+
+@dataclass(frozen=True)
 class Result:
-    """Everything a session found; `policy_file` is None when no policy held the floors."""
+    """Everything a session found; `policy_file` is None when no policy held the floors.
+
+    Of a run with tiers it speaks of the first one; `tiers` has all of them by name, in order.
+    """
 
     study: Study
     profile: Profile
@@ -52,15 +70,26 @@ class Result:
     frames: tuple[FramePair, ...]
     fewer_steps: FewestSteps | None  # None when no policy held either
     cost: Cost
+    tiers: Mapping[str, TierResult] = field(default_factory=dict)  # empty where none was asked for
+
+    @property
+    def shipped(self) -> bool:
+        """Whether there is a policy, of any tier."""
+        found = (each.policy_file for each in self.tiers.values())
+        return self.policy_file is not None or any(each is not None for each in found)
 
     def best_seen(self) -> str:
         """Say in one sentence how close the search came, for a search that found nothing."""
-        scored = [t for t in self.trials if t.policy != Policy() and t.violation]
-        if not scored:
-            return "no policy was tried"
-        closest = min(scored, key=lambda t: max(t.violation.values()))
-        seen = ", ".join(f"{k} {_value(k, q):.4g}" for k, q in closest.quality.items())
-        return f"closest was trial {closest.number}: {closest.speedup:.2f}x with {seen}"
+        return _best_seen(self.trials)
+
+
+def _best_seen(trials: Sequence[Trial]) -> str:
+    scored = [t for t in trials if t.policy != Policy() and t.violation]
+    if not scored:
+        return "no policy was tried"
+    closest = min(scored, key=lambda t: max(t.violation.values()))
+    seen = ", ".join(f"{k} {_value(k, q):.4g}" for k, q in closest.quality.items())
+    return f"closest was trial {closest.number}: {closest.speedup:.2f}x with {seen}"
 
 
 def _value(name: str, quality: Quality) -> float:

@@ -32,7 +32,7 @@ from ditune.tuner.pace import Pace, fastest_held
 from ditune.tuner.quality import counts
 from ditune.tuner.sequential import expectations
 from ditune.tuner.space import Proposal, Space
-from ditune.tuner.verdict import now
+from ditune.tuner.verdict import imagined, undecided, with_known
 from ditune.tuner.worker import Worker, patiently
 
 _CASES_PER_PAIR = 8  # of a trial, at least one pair; confirmation takes one per prompt
@@ -104,12 +104,21 @@ class Search:
             seed=seed, deterministic_objective=False, n_startup_trials=_STARTUP_TRIALS
         )
         self._seed = seed
+        self._known: tuple[Trial, ...] = ()
         self._pending: dict[str, _Pending] = {}
         self._numbers = itertools.count()
 
     def start_from(self, warm: Sequence[Proposal]) -> None:
         """Try some policies of other searches right after the plain pipeline."""
         self._ladders = Ladders(self.space, warm=warm)
+
+    def learn_from(self, known: Sequence[Trial]) -> None:
+        """Let trials of other searches on the same cases guide this one, without being part of it.
+
+        Args:
+            known: Judged under the floors of this one: see `verdict.rejudged`.
+        """
+        self._known = tuple(known)
 
     def open(
         self,
@@ -170,6 +179,10 @@ class Search:
                 self._asking = patiently(
                     lambda: Asking(self.name, self._storage_url, self._sampler, self._seed)
                 )
+
+    def _decided(self, done: Sequence[Trial]) -> list[Trial]:
+        """Return every trial whose policy need not run again."""
+        return [trial for trial in with_known(self._known, done) if not undecided(trial)]
 
     def _go_on(
         self,
@@ -234,7 +247,7 @@ class Search:
             return self._place(*own, done)
         asked, source = self._asking.ask(self.space.distributions)
         policy = self.space.policy(asked.params)
-        known = next((t for t in done if t.policy.id == policy.id), None)
+        known = next((t for t in self._decided(done) if t.policy.id == policy.id), None)
         if known is not None:
             self._tell([asked], known, done)
             return True
@@ -268,7 +281,7 @@ class Search:
     ) -> bool:
         """Let a point of our own be evaluated; return whether its policy was known already."""
         taken = [each.job.policy for each in self._pending.values()]
-        taken += [trial.policy for trial in done]
+        taken += [trial.policy for trial in self._decided(done)]
         if any(policy.id == each.id for each in taken):
             return True
         job = self._job(policy, source, done)
@@ -281,6 +294,7 @@ class Search:
         self._pending[job.uuid] = _Pending(job, [asked])
 
     def _job(self, policy: Policy, source: str, done: Sequence[Trial]) -> Job:
+        done = with_known(self._known, done)
         foreseen = Pace(done, self.space.sigmas).foreseen(policy)
         number = next(self._numbers)
         # each trial takes the prompts in another order: so the first one, after which most is known
@@ -325,9 +339,11 @@ class Search:
 
     def _proposed(self, done: Sequence[Trial]) -> Proposal | None:
         """Return the next proposal of the ladders, None when enough is known."""
-        if not done and not self._pending:
+        if not with_known(self._known, done) and not self._pending:
             return self.space.baseline()
-        found = (self._ladders.next(imagined) for imagined in self._imagined(done))
+        found = (
+            self._ladders.next(with_known(self._known, known)) for known in self._imagined(done)
+        )
         return next((proposal for proposal in found if proposal is not None), None)
 
     def _imagined(self, done: Sequence[Trial]) -> Iterator[list[Trial]]:
@@ -338,7 +354,7 @@ class Search:
         pending = [each.job for each in self._pending.values()]
         hopes = (True, False) if len(pending) % 2 else (False, True)
         for holds in hopes if pending else (True,):
-            yield [*done, *(_imagined(job, holds=holds) for job in pending)]
+            yield [*done, *(imagined(job, holds=holds) for job in pending)]
 
     def _arrived(self, done: Sequence[Trial]) -> Iterator[Trial]:
         """Yield the trials that have come in, once Optuna was told."""
@@ -358,7 +374,7 @@ class Search:
             if trial.state == "failed":
                 self._asking.give_up(each)
             else:
-                pace = Pace(done, self.space.sigmas)
+                pace = Pace(with_known(self._known, done), self.space.sigmas)
                 self._asking.tell(each, trial, 1.0 / pace.speedup(trial))
 
     def _withdraw(self) -> None:
@@ -366,23 +382,3 @@ class Search:
         for key in self.store.jobs.withdraw(self.name):
             for each in self._pending.pop(key).asked:
                 self._asking.give_up(each)
-
-
-def _imagined(job: Job, *, holds: bool) -> Trial:
-    """Return the trial that a job may end with; only ladders see it."""
-    violation: dict[str, float] = {c.name: -1.0 if holds else 1.0 for c in job.constraints}
-    return Trial(
-        uuid=job.uuid,
-        study=job.study,
-        number=job.number,
-        source=job.source,
-        policy=job.policy,
-        state="complete" if holds else "rejected",
-        speedup=1.0,
-        work_ratio=1.0,
-        quality={},
-        violation=violation,
-        reason=None if holds else "imagined",
-        duration_s=0.0,
-        created_at=now(),
-    )

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from ditune.accel.apply import accelerate
-from ditune.accel.lookup import default_database
-from ditune.db.engine import study_storage_url
-from ditune.db.errors import NoFeasiblePolicy, StoreFault, UsageFault
-from ditune.db.policy import Policy
-from ditune.db.records import Impacts, PolicyFile, Profile, Study, Trial
+from ditune.db.errors import StoreFault, UsageFault
+from ditune.db.records import Impacts, PolicyFile, Profile, Settings, Study, Trial
 from ditune.db.store import Store
 from ditune.profiler.impact import impacts
 from ditune.profiler.parts import forwards_of
@@ -25,26 +21,17 @@ from ditune.tuner.crew import Crew
 from ditune.tuner.elsewhere import Elsewhere, crew_of, first_note, limit_s, require_shared
 from ditune.tuner.evaluate import Case, Evaluator, cases_of
 from ditune.tuner.fewer_steps import FewestSteps, fewest_steps
+from ditune.tuner.goals import CONFIRM_SEED, SEARCH_SEED, Goal, goals_of, search_cases
 from ditune.tuner.meter import Meter
 from ditune.tuner.progress import Progress, Quiet
-from ditune.tuner.quality import (
-    cases_needed,
-    cases_to_search,
-    counts,
-    needs_reference,
-    parse_constraints,
-    prepare,
-)
-from ditune.tuner.result import FramePair, Options, Result
+from ditune.tuner.quality import prepare
+from ditune.tuner.result import FramePair, Options, Result, TierResult
 from ditune.tuner.search import Budget, Search
-from ditune.tuner.source import FolderSource, Source, prompts_digest
-from ditune.tuner.space import Space
-from ditune.tuner.studies import settings_of
-from ditune.tuner.verdict import now
+from ditune.tuner.source import Source, prompts_digest
+from ditune.tuner.tiers import DEFAULT, Tier, tiers_of
+from ditune.tuner.verdict import now, rejudged, with_known
 from ditune.tuner.warm_start import warm_start
 
-_SEARCH_SEED = 1_000  # noise seeds of the search and of confirmation never meet
-_CONFIRM_SEED = 500_000
 _TRIALS_MIN = 2  # the plain pipeline and one more, however little time the profile left
 _WORST_SHOWN = 2
 _FEWER_STEPS_PROMPTS = 4  # a comparison, not a promise: a third of the proof's prompts do
@@ -82,46 +69,45 @@ class Session:
         self.store = store
         self.options = options
         self.progress = progress or Quiet()
-        self.constraints = parse_constraints(options.quality or source.quality)
-        prepare(self.constraints)
-        self.evaluator = Evaluator(source, self.constraints)
+        self.tiers = tiers_of(options.quality, options.tiers, source.quality)
+        for tier in self.tiers:
+            prepare(tier.constraints)
+        self.evaluator = Evaluator(source, self.tiers[0].constraints)
         self.notes: list[str] = []
         self.study_name: str | None = None
         self.expected_study: str | None = None  # refuse to run any other: set when resuming
         self._prompts_digest = prompts_digest(source)
+        self._studies: tuple[str, ...] = ()  # of all tiers
 
     def run(self, storage_url: str) -> Result:
         """Profile, search, confirm and save; everything measured is in the store at any time."""
         meter = Meter(lambda: self.evaluator.videos)
         with meter.stage("profile"):
             recorded = self._profile()
-        found = recorded.profile
-        handing = self._may_hand_off()
-        space = Space(found, handoff=handing, trajectories=recorded.trajectories)
-        if handing and not space.hands_over:
-            self.notes.append("the hand-off is left out: the scheduler tells no noise levels")
-        study = self._study(found, space)
-        with meter.stage("search"):
-            search = self._prepared(study, space)
-            budget = Budget(
-                self.options.trials, self.options.time_limit_s - meter.seconds, _TRIALS_MIN
-            )
-            trials = self._search(search, found, budget, storage_url)
+        goals = goals_of(self.tiers, self.evaluator, self.options, recorded, self._note)
+        self._require_expected([goal.settings for goal in goals])
+        self._studies = tuple(goal.settings.study for goal in goals)
+        found: dict[str, TierResult] = {}
+        earlier: list[Trial] = []
+        for goal in goals:
+            reached = self._reach(goal, recorded.profile, earlier, meter, storage_url)
+            found[goal.tier.name] = reached
+            earlier = with_known(earlier, reached.trials)
+        first = found[self.tiers[0].name]
         with meter.stage("confirm"):
-            confirmation = self._confirm(study, trials, space)
-            policy_file = self._save(found, confirmation)
-            frames = self._frames(policy_file)
-            fewer_steps = self._fewer_steps(policy_file)
+            frames = self._frames(first.policy_file)
+            fewer_steps = self._fewer_steps(first.policy_file)
         return Result(
-            study=study,
-            profile=found,
-            trials=tuple(trials),
-            policy_file=policy_file,
-            passed_over=confirmation.reasons,
+            study=first.study,
+            profile=recorded.profile,
+            trials=first.trials,
+            policy_file=first.policy_file,
+            passed_over=first.passed_over,
             notes=tuple(self.notes),
             frames=frames,
             fewer_steps=fewer_steps,
-            cost=meter.cost(forwards_of(found)),
+            cost=meter.cost(forwards_of(recorded.profile)),
+            tiers=found if self.options.tiers is not None else {},
         )
 
     def _profile(self) -> Recorded:
@@ -139,10 +125,11 @@ class Session:
             self.source.calibration[: options.profile_prompts],
             call={**self.source.call, "output_type": "np"},
             small=self.source.small,
-            seed=_SEARCH_SEED,
+            seed=SEARCH_SEED,
             progress=note,
         )
-        for case, output in zip(self._search_cases(), recorded.outputs, strict=False):
+        cases = search_cases(self.source, options, self.tiers[0].constraints)
+        for case, output in zip(cases, recorded.outputs, strict=False):
             self.evaluator.adopt(case, output)  # the same prompts and seeds
         self.evaluator.videos += recorded.videos
         known = self.store.impacts(recorded.profile.workload)
@@ -160,55 +147,114 @@ class Session:
 
         source = self.source
         prompt, call = source.calibration[0], source.call
-        return impacts(source.pipe, prompt, call=call, seed=_SEARCH_SEED, spent=count)
+        return impacts(source.pipe, prompt, call=call, seed=SEARCH_SEED, spent=count)
 
-    def _may_hand_off(self) -> bool:
-        """Whether the hand-off belongs into the space; says so when it does not."""
-        if self.source.small is None:
-            return False
-        if needs_reference(self.constraints):
-            self.notes.append(
-                "the hand-off to the small model is left out: it changes content, which a "
-                "same-seed floor (psnr, ssim) cannot allow; use judge floors alone to search it"
-            )
-            return False
-        return True
+    def _note(self, sentence: str) -> None:
+        if sentence not in self.notes:
+            self.notes.append(sentence)
 
-    def _study(self, found: Profile, space: Space) -> Study:
-        settings = settings_of(self.evaluator, found, space, self.options.seed)
+    def _require_expected(self, all_settings: Sequence[Settings]) -> None:
+        """Refuse to go on with a study that these settings do not name.
+
+        Raises:
+            UsageFault: The message says what changed.
+        """
+        if self.expected_study in (None, *(settings.study for settings in all_settings)):
+            return
+        known = {study.name: study.settings for study in self.store.studies()}
+        before = known[str(self.expected_study)]
+        alike = (s for s in all_settings if s.constraints == before.constraints)
+        settings = next(alike, all_settings[0])
+        differ = [n for n, value in before if value != getattr(settings, n)]
+        raise UsageFault(
+            f"cannot resume {self.expected_study} here: {', '.join(differ)} changed since; "
+            "start a new study with tune run"
+        )
+
+    def _reach(
+        self,
+        goal: Goal,
+        found: Profile,
+        earlier: Sequence[Trial],
+        meter: Meter,
+        storage_url: str,
+    ) -> TierResult:
+        """Search and prove one tier, and put its policy in use.
+
+        Args:
+            goal: The tier.
+            found: What the plain pipeline costs.
+            earlier: Trials of the tiers before.
+            meter: Of the session.
+            storage_url: Optuna's own.
+        """
+        study = self._study(goal)
+        proved = self._proved_before(study)
+        if proved is not None:
+            self._note(f"the tier {goal.tier.name} was proved before the run was interrupted")
+            self._activate(proved, goal.tier)  # twice is once
+            return TierResult(study, tuple(self.store.trials(study.name)), proved, ())
+        seeds = {case.seed for case in goal.search_cases}
+        judged = (rejudged(trial, goal.tier.constraints, seeds) for trial in earlier)
+        known = [trial for trial in judged if trial is not None]
+        with meter.stage("search"):
+            search = self._prepared(goal, study, known)
+            left = self.options.time_limit_s - (meter.seconds - meter.spent("confirm").seconds)
+            budget = Budget(goal.trials, goal.share * left, _TRIALS_MIN)
+            trials = self._search(search, found, budget, study.tier, storage_url)
+        with meter.stage("confirm"):
+            confirmation = self._confirm(goal, study, with_known(known, trials))
+            policy_file = self._save(found, confirmation, goal.tier)
+        result = TierResult(study, tuple(trials), policy_file, confirmation.reasons)
+        if policy_file is None and self.options.tiers is not None:
+            self._say_nothing_held(goal.tier, result)
+        return result
+
+    def _say_nothing_held(self, tier: Tier, result: TierResult) -> None:
+        self._note(f"the tier {tier.name} has no policy: {result.best_seen()}")
+        if tier == self.tiers[0]:
+            self._note("what accelerate(pipe) takes without a tier stays as it was before this run")
+
+    def _study(self, goal: Goal) -> Study:
         study = Study(
-            name=settings.study,
-            settings=settings,
+            name=goal.settings.study,
+            settings=goal.settings,
             created_at=now(),
             arguments=dict(self.options.arguments),
+            tier=goal.tier.name if self.options.tiers is not None else None,
         )
-        known = {s.name: s for s in self.store.studies()}
-        if self.expected_study not in (None, study.name):
-            before = known[str(self.expected_study)].settings
-            differ = [n for n, value in before if value != getattr(settings, n)]
-            raise UsageFault(
-                f"cannot resume {self.expected_study} here: {', '.join(differ)} changed since; "
-                "start a new study with tune run"
-            )
         self.study_name = study.name
-        if study.name in known:
-            return known[study.name]
         self.store.save_study(study)
-        return study
+        return self.store.study(study.name) or study
 
-    def _prepared(self, study: Study, space: Space) -> Search:
-        """Return the search, with what was proved elsewhere to start from."""
-        cases = self._search_cases()
-        search = Search(study.name, space, self.evaluator, cases, self.options.seed)
+    def _proved_before(self, study: Study) -> PolicyFile | None:
+        """Return what a run with tiers proved for one of them before it was interrupted."""
+        if self.expected_study is None or study.tier is None:
+            return None
+        proved = (p for p in self.store.policies() if p.evidence.study == study.name)
+        return next(proved, None)
+
+    def _prepared(self, goal: Goal, study: Study, known: Sequence[Trial]) -> Search:
+        """Return the search, with what was measured before and proved elsewhere to start from."""
+        cases = goal.search_cases
+        search = Search(study.name, goal.space, goal.evaluator, cases, self.options.seed)
+        search.learn_from(known)
         if self.options.warm_start:
-            found = warm_start(self.store, study, space)
+            found = warm_start(self.store, study, goal.space, self._studies)
             search.start_from(found.proposals)
-            self.notes += [found.note] if found.note else []
+            if found.note:
+                self._note(found.note)
         return search
 
     def _search(
-        self, search: Search, found: Profile, budget: Budget, storage_url: str
+        self,
+        search: Search,
+        found: Profile,
+        budget: Budget,
+        tier: str | None,
+        storage_url: str,
     ) -> list[Trial]:
+        prefix = f"{tier}: " if tier is not None else ""
         best = 1.0
 
         def show(trial: Trial, count: int) -> None:
@@ -217,9 +263,9 @@ class Session:
                 best = max(best, trial.speedup)
             if self.elsewhere is not None:  # what this process does is counted already
                 self.evaluator.videos += trial.videos or 0.0
-            self.progress.update("search", count, budget.trials, f"best {best:.2f}x")
+            self.progress.update("search", count, budget.trials, f"{prefix}best {best:.2f}x")
 
-        first = first_note(self.elsewhere, search.name)
+        first = prefix + first_note(self.elsewhere, search.name)
         self.progress.update("search", 0, budget.trials, first)
         with self._crew(search.name) as crew:
             origin = self.elsewhere.origin if self.elsewhere is not None else None
@@ -233,21 +279,21 @@ class Session:
             return nullcontext()
         return crew_of(self.elsewhere, self.store.jobs, study, self.evaluator)
 
-    def _confirm(self, study: Study, trials: Sequence[Trial], space: Space) -> Confirmation:
-        cases = cases_of(self.source.held_out, self._proof_videos(), _CONFIRM_SEED)
+    def _confirm(self, goal: Goal, study: Study, trials: Sequence[Trial]) -> Confirmation:
+        cases = goal.proof_cases
         most = self.options.confirm_candidates
         total = most * (len(cases) + PAIRS_MIN)
+        note = f"{study.tier}: held out" if study.tier is not None else "held out"
         proof = Proof(
-            self.evaluator,
+            goal.evaluator,
             cases,
-            lambda done: self.progress.update("confirm", done, max(total, done), "held out"),
+            lambda done: self.progress.update("confirm", done, max(total, done), note),
         )
         provenance = Provenance(study.name, self._prompts_digest, trials)
-        return confirm(
-            proof, to_prove(trials, space, self.constraints, len(cases), most), provenance
-        )
+        listed = to_prove(trials, goal.space, goal.tier.constraints, len(cases), most)
+        return confirm(proof, listed, provenance)
 
-    def _save(self, found: Profile, confirmation: Confirmation) -> PolicyFile | None:
+    def _save(self, found: Profile, confirmation: Confirmation, tier: Tier) -> PolicyFile | None:
         policy, evidence = confirmation.policy, confirmation.evidence
         if policy is None or evidence is None:
             return None
@@ -263,8 +309,13 @@ class Session:
             policy=policy,
             evidence=evidence,
         )
-        self.store.save_and_activate(policy_file)
+        self._activate(policy_file, tier)
         return policy_file
+
+    def _activate(self, policy_file: PolicyFile, tier: Tier) -> None:
+        """Put a policy in use under its tier; the first one is also what no tier stands for."""
+        names = (tier.name, DEFAULT) if tier == self.tiers[0] else (tier.name,)
+        self.store.save_and_activate(policy_file, dict.fromkeys(names))
 
     def _fewer_steps(self, policy_file: PolicyFile | None) -> FewestSteps | None:
         """Return the baseline of fewer steps, on prompts that proved the policy."""
@@ -272,29 +323,13 @@ class Session:
             return None
         self.progress.update("confirm", 1, 1, "fewer steps")
         count = min(self.options.confirm_prompts, _FEWER_STEPS_PROMPTS)
-        return fewest_steps(self.evaluator, cases_of(self.source.held_out, count, _CONFIRM_SEED))
-
-    def _search_cases(self) -> list[Case]:
-        count = self.options.search_prompts
-        if any(map(counts, self.constraints)):
-            count = max(count, cases_to_search(self.constraints))
-        return cases_of(self.source.calibration, count, _SEARCH_SEED)
-
-    def _proof_videos(self) -> int:
-        """Return how many videos the proof takes: metrics that count need many."""
-        asked, needed = self.options.confirm_prompts, cases_needed(self.constraints)
-        if needed > asked:
-            self.notes.append(
-                f"the proof takes {needed} videos instead of {asked}: floors on shares of right "
-                "videos cannot be proved with fewer"
-            )
-        return max(asked, needed)
+        return fewest_steps(self.evaluator, cases_of(self.source.held_out, count, CONFIRM_SEED))
 
     def _frames(self, policy_file: PolicyFile | None) -> tuple[FramePair, ...]:
         """Return two held-out prompts before and after, none without a policy."""
         if policy_file is None:
             return ()
-        cases = cases_of(self.source.held_out, _WORST_SHOWN, _CONFIRM_SEED)
+        cases = cases_of(self.source.held_out, _WORST_SHOWN, CONFIRM_SEED)
         return tuple(
             FramePair(case.prompt, self.evaluator.plain(case), self._applied(policy_file, case))
             for case in cases
@@ -317,51 +352,5 @@ class Session:
                 f"the policy was saved to {self.store.where} and a lookup did not find it again "
                 f"({used.reason}): run tune db check on it"
             )
-        said = f"applied again as accelerate(pipe) does it: {used.reason}"
-        if said not in self.notes:
-            self.notes.append(said)
+        self._note(f"applied again as accelerate(pipe) does it: {used.reason}")
         return video
-
-
-def tune(
-    pipe: Any,
-    prompts: Sequence[str],
-    *,
-    quality: str,
-    call: Mapping[str, Any] | None = None,
-    small: Any | None = None,
-    trials: int = 20,
-) -> Policy:
-    """Search, prove and store a policy for a live pipeline, in this process.
-
-    The policy goes into `$DITUNE_DB` or the user's data folder, where `accelerate` finds it. A
-    generation that hangs here hangs the search.
-
-    Args:
-        pipe: A diffusers pipeline on its device.
-        prompts: Every other one is held out for the proof.
-        quality: Floors, for example "psnr>=30,psnr_worst>=22".
-        call: The pipeline's arguments besides the prompt.
-        small: The small model of the family, for hand-offs.
-        trials: How many policies to try.
-
-    Raises:
-        NoFeasiblePolicy: Nothing held the floors; the message says how close it came.
-        UsageFault: The floors or prompts are not usable.
-    """
-    source = FolderSource(
-        name=type(pipe).__name__,
-        pipe=pipe,
-        small=small,
-        call=dict(call or {}),
-        calibration=tuple(prompts[0::2]),
-        held_out=tuple(prompts[1::2]),
-        quality=quality,
-    )
-    url = str(default_database())
-    with Store.open(url) as store:
-        session = Session(source, store, Options(quality=quality, trials=trials))
-        result = session.run(study_storage_url(url))
-    if result.policy_file is None:
-        raise NoFeasiblePolicy(f"no policy holds {quality}: {result.best_seen()}")
-    return result.policy_file.policy

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from ditune.db.policy import MaskCache
 from ditune.db.records import Constraint, Expectation, Job, Score, Trial
 from ditune.profiler.statistics import CONFIDENCE, paired_speedup
 from ditune.tuner.quality import MARGIN, counts, lower_bound, summarise
-from ditune.tuner.sequential import shortfall, will_miss
+from ditune.tuner.sequential import guessed, shortfall, will_miss
 
 if TYPE_CHECKING:
     from ditune.tuner.evaluate import Outcome
@@ -52,37 +52,118 @@ def trial_of(job: Job, found: Found, duration_s: float) -> Trial:
     no value is so extreme that it spoils what it learnt of others.
     """
     if found.unfit:
-        rejected, reason = True, f"it cannot run here: {found.unfit}"
-        missed = {constraint.name: _UNFIT for constraint in job.constraints}
+        judged = _unfit(job.constraints)
+        judged["reason"] = f"it cannot run here: {found.unfit}"
     else:
-        rejected = len(found.values) < len(job.prompts)
-        if rejected:
-            reason = given_up(job, found.values, found.work_ratio)
-        else:
-            reason = missed_for_sure(job.constraints, found.values)
-        missed = violations(job.constraints, found.values)
-        missed |= _foreseen(job, found.values, missed)
+        whole = len(found.values) == len(job.prompts)
+        judged = _judged(job.constraints, found.values, job.expected, whole=whole)
+        if not whole:
+            judged["reason"] = given_up(job, found.values, found.work_ratio) or None
     return Trial(
         uuid=job.uuid,
         study=job.study,
         number=job.number,
         source=job.source,
         policy=job.policy,
-        state="rejected" if rejected else "complete",
         speedup=(not found.pairs and job.expected_speedup) or found.speedup,
         pairs=found.pairs,
         work_ratio=found.work_ratio,
-        quality=summarise(job.constraints, found.values) if found.values else {},
         scores=tuple(
             Score(seed=seed, values=values)
             for seed, values in zip(job.seeds, found.values, strict=False)
         ),
-        violation=missed,
-        reason=reason or None,
         duration_s=duration_s,
         created_at=now(),
         videos=found.videos,
+        **judged,
     )
+
+
+def imagined(job: Job, *, holds: bool) -> Trial:
+    """Return the trial that a job may end with; only ladders see it."""
+    violation: dict[str, float] = {c.name: -1.0 if holds else 1.0 for c in job.constraints}
+    return Trial(
+        uuid=job.uuid,
+        study=job.study,
+        number=job.number,
+        source=job.source,
+        policy=job.policy,
+        state="complete" if holds else "rejected",
+        speedup=1.0,
+        work_ratio=1.0,
+        quality={},
+        violation=violation,
+        reason=None if holds else "imagined",
+        duration_s=0.0,
+        created_at=now(),
+    )
+
+
+def rejudged(
+    trial: Trial, constraints: Sequence[Constraint], seeds: Collection[int]
+) -> Trial | None:
+    """Return what a trial of another search says under other floors, without running anything.
+
+    One that was given up under floors that these do not repeat stays rejected, without a reason:
+    see `undecided`. None where the machine failed, or where not all metrics were scored.
+
+    Args:
+        trial: It keeps its uuid, its study and its number.
+        constraints: The floors.
+        seeds: Of the videos that a trial under these floors takes.
+    """
+    if trial.state == "rejected" and not trial.quality:  # it cannot run, whatever the floors
+        return trial.model_copy(update=_unfit(constraints))
+    metrics = {constraint.metric for constraint in constraints}
+    scores = tuple(score for score in trial.scores if score.seed in seeds)
+    values = [score.values for score in scores]
+    if trial.state == "failed" or not values or any(metrics - each.keys() for each in values):
+        return None
+    whole = trial.state == "complete" and len(values) == len(seeds)
+    judged = _judged(constraints, values, guessed(constraints, len(seeds)), whole=whole)
+    return trial.model_copy(update={"scores": scores, **judged})
+
+
+def undecided(trial: Trial) -> bool:
+    """Whether a trial was given up under other floors than those that it is looked at with."""
+    return trial.state == "rejected" and trial.reason is None
+
+
+def with_known(known: Sequence[Trial], trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials of a search after those of others; of a policy in both its own one counts.
+
+    Args:
+        known: Of other searches, judged under the same floors.
+        trials: Of this one.
+    """
+    tried = {trial.policy.id for trial in trials}
+    return [*(trial for trial in known if trial.policy.id not in tried), *trials]
+
+
+def _judged(
+    constraints: Sequence[Constraint],
+    values: Sequence[Mapping[str, float]],
+    expected: Mapping[str, Expectation],
+    *,
+    whole: bool,
+) -> dict[str, Any]:
+    """Return what values mean under some floors, as fields of a trial."""
+    missed = violations(constraints, values)
+    reason = missed_for_sure(constraints, values)
+    if not whole:
+        reason = hopeless(constraints, values, expected)
+    return {
+        "state": "complete" if whole else "rejected",
+        "quality": summarise(constraints, values),
+        "violation": missed | _foreseen(constraints, values, expected, missed),
+        "reason": reason or None,
+    }
+
+
+def _unfit(constraints: Sequence[Constraint]) -> dict[str, Any]:
+    """Return what it means that a policy cannot run, but for the reason."""
+    missed = {constraint.name: _UNFIT for constraint in constraints}
+    return {"state": "rejected", "quality": {}, "violation": missed}
 
 
 def search_speedup(outcomes: Sequence[Outcome]) -> float:
@@ -144,19 +225,22 @@ def given_up(job: Job, values: Sequence[Mapping[str, float]], work_ratio: float)
 
 
 def _foreseen(
-    job: Job, values: Sequence[Mapping[str, float]], seen: Mapping[str, float]
+    constraints: Sequence[Constraint],
+    values: Sequence[Mapping[str, float]],
+    expected: Mapping[str, Expectation],
+    seen: Mapping[str, float],
 ) -> dict[str, float]:
     """Return by how much floors will be missed that the prompts so far, easy ones, still hold.
 
     Otherwise what was given up would be taken for something that holds.
     """
     found = {}
-    for constraint in job.constraints:
+    for constraint in constraints:
         scores = [value[constraint.metric] for value in values]
         if seen[constraint.name] <= 0.0 and will_miss(
-            constraint, scores, job.expected, len(job.constraints)
+            constraint, scores, expected, len(constraints)
         ):
-            pattern = job.expected[constraint.metric]
+            pattern = expected[constraint.metric]
             found[constraint.name] = shortfall(constraint, scores, pattern)
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -32,7 +32,9 @@ class WarmStart:
     note: str
 
 
-def warm_start(store: PolicyStore, study: Study, space: Space) -> WarmStart:
+def warm_start(
+    store: PolicyStore, study: Study, space: Space, related: Collection[str] = ()
+) -> WarmStart:
     """Return what was proved elsewhere as it fits a search, at most three policies.
 
     What the study itself proved is left out, so that going on with it changes nothing.
@@ -41,12 +43,13 @@ def warm_start(store: PolicyStore, study: Study, space: Space) -> WarmStart:
         store: Holds the policies.
         study: Of the search.
         space: Of the search.
+        related: Names of other studies whose policies are left out, because their trials are known.
     """
     settings = study.settings
     known = [
         each
         for each in store.policies_of(settings.workload.transformer_class)
-        if each.evidence.status == "measured" and each.evidence.study != study.name
+        if each.evidence.status == "measured" and each.evidence.study not in (study.name, *related)
     ]
     found: dict[Policy, PolicyFile] = {}
     for each in sorted(known, key=partial(_distance, settings)):

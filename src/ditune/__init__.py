@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from ditune.db.policy import Policy as Policy
     from ditune.db.records import Match as Match
     from ditune.profiler.record import profile as profile
-    from ditune.tuner.session import tune as tune
+    from ditune.tuner.live import tune as tune
+    from ditune.tuner.live import tune_tiers as tune_tiers
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "miniature",
     "profile",
     "tune",
+    "tune_tiers",
 ]
 
 _PUBLIC = {  # name -> where it lives; loaded on first use
@@ -35,7 +37,8 @@ _PUBLIC = {  # name -> where it lives; loaded on first use
     "detect": "ditune.accel.fingerprint",
     "lookup": "ditune.accel.lookup",
     "profile": "ditune.profiler.record",
-    "tune": "ditune.tuner.session",
+    "tune": "ditune.tuner.live",
+    "tune_tiers": "ditune.tuner.live",
 }
 
 

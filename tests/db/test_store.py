@@ -75,11 +75,28 @@ def test_only_the_pointer_moves_and_its_history_is_kept(store: Store, make_file:
 
 def test_tiers_are_separate_pointers(store: Store, make_file: MakeFile) -> None:
     store.save_and_activate(make_file("step"))
-    store.save_and_activate(make_file("cfg"), tier="fast")
+    store.save_and_activate(make_file("cfg"), ["fast"])
     hardware, workload = make_file().hardware, make_file().workload
     assert make_file("cfg") == store.active(hardware, workload, tier="fast")
     assert make_file("step") == store.active(hardware, workload)
     assert store.activations(hardware, workload, tier="slow") == []
+
+
+def test_a_policy_may_serve_several_tiers(store: Store, make_file: MakeFile) -> None:
+    first, second = make_file("step"), make_file("cfg")
+    store.save_and_activate(first, ["high", "default"])
+    store.save_and_activate(second, ["fast"])
+    assert store.tiers_in_use(first) == ["default", "high"]
+    assert store.tiers_in_use(second) == ["fast"]
+    store.save_and_activate(second)
+    assert store.tiers_in_use(first) == ["high"]
+    assert store.tiers_in_use(second) == ["default", "fast"]
+    evidence = second.evidence.model_copy(update={"tuned_ms": 7.0})
+    again = second.model_copy(update={"evidence": evidence})
+    store.save_and_activate(again, ["fast"])
+    assert store.tiers_in_use(second) == ["default"]
+    assert store.tiers_in_use(again) == ["fast"]
+    assert store.tiers_in_use(make_file("block")) == []
 
 
 def test_policies_of_a_class_of_models_are_found_whatever_else_differs(
@@ -151,6 +168,10 @@ def test_workers_that_start_one_study_share_the_first(store: Store, study: Study
     store.save_study(study)
     store.save_study(study.model_copy(update={"created_at": "2027-01-01T00:00:00Z"}))
     assert [study] == store.studies()
+    asked = {"arguments": {"tiers": "high,fast"}, "tier": "high"}
+    store.save_study(study.model_copy(update={"created_at": "2027-01-01T00:00:00Z", **asked}))
+    study = study.model_copy(update=asked)
+    assert [study] == store.studies()  # it is resumed as it was last asked for
     settings = study.settings.model_copy(update={"seed": 1})
     with pytest.raises(CorruptData, match="another search"):
         store.save_study(study.model_copy(update={"settings": settings}))

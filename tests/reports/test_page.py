@@ -18,7 +18,7 @@ from ditune.db.cost import Cost, Spent
 from ditune.db.errors import UsageFault
 from ditune.db.records import SearchFigures
 from ditune.reports import page
-from ditune.reports.content import Expected, FrameStrip, ReportContent
+from ditune.reports.content import Expected, FrameStrip, ReportContent, TierShown
 
 Build = Callable[..., ReportContent]
 MEGABYTE = 1_000_000
@@ -59,6 +59,27 @@ def test_no_policy_is_a_result(build: Build) -> None:
     assert re.search(r"The best seen Trial \d+ came nearest: 1\.\d+x as fast in the search", said)
     assert "it missed: PSNR" in said
     assert "Before and after" not in said
+
+
+def test_tiers_stand_beside_each_other(content: ReportContent) -> None:
+    assert "Tiers" not in text_of(page.render(content))
+    study = content.study.model_copy(update={"tier": "high"})
+    floors = study.settings.constraints
+    harder = (floors[0].model_copy(update={"floor": 60.0}),)
+    tiers = (
+        TierShown("high", floors, content.chosen),
+        TierShown("<b>never</b>", harder, None),
+    )
+    said = text_of(page.render(replace(content, study=study, tiers=tiers)))
+    assert content.chosen is not None
+    for part in (
+        "The first one is also the default. All else on this page is about high.",
+        "tier floors speedup 95 % interval quality policy high psnr>=30, psnr_worst>=25, "
+        "judge>=-0.01 1.87x 1.81x to 1.93x psnr 31.12, psnr_worst 26.4, judge -0.0021",
+        content.chosen.policy_id[:19],
+        "<b>never</b> psnr>=60 \u2013 \u2013 \u2013 none held the floors",
+    ):
+        assert part in said
 
 
 def test_a_broken_floor_is_not_called_held(content: ReportContent) -> None:

@@ -10,7 +10,7 @@ import torch
 from ditune.accel.apply import accelerate
 from ditune.accel.fingerprint import detect
 from ditune.miniature.system import MiniatureSource
-from ditune.tuner.session import tune
+from ditune.tuner.live import tune
 
 
 @pytest.mark.gpu

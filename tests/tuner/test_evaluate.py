@@ -90,3 +90,18 @@ def test_fewest_steps_hold_the_floors_and_one_fewer_does_not(source: FolderSourc
     tried = 3 + 5 + 6 + 7  # steps, on both cases, beside two plain videos
     assert demanding.videos == pytest.approx(2.0 + 2.0 * tried / STEPS)
     assert (strict.steps, strict.speedup, strict.quality) == (STEPS, None, {})
+
+
+def test_under_other_floors_the_plain_videos_are_the_same(evaluator: Evaluator) -> None:
+    case = Case(evaluator.source.calibration[0], 5)
+    video = evaluator.plain(case)
+    other = evaluator.under(parse_constraints("ssim>=0.5"))
+    assert (other.knows(case), other.plain(case) is video) == (True, True)
+    outcome = other.measure(HALF, case, paired=False)
+    assert set(outcome.values) == {"ssim"}
+    assert outcome.earlier_ms is not None
+    assert other.videos == evaluator.videos == pytest.approx(1.0 + 5 / STEPS)
+    second = Case(evaluator.source.calibration[1], 6)
+    made = other.plain(second)
+    assert evaluator.plain(second) is made
+    assert set(evaluator.plain_values(case)) == {"psnr", "judge"}

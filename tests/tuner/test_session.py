@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from tests.tuner.conftest import TINY_STEPS
 
+from ditune.db.cost import Spent
 from ditune.db.engine import study_storage_url
 from ditune.db.store import Store
 from ditune.tuner.meter import Meter
 from ditune.tuner.progress import Stage
 from ditune.tuner.result import Options, Result
+from ditune.tuner.search import Budget, Search
 from ditune.tuner.session import Session
 from ditune.tuner.source import FolderSource
 
@@ -116,3 +118,59 @@ def test_a_profile_that_took_all_the_time_leaves_one_trial(
     result = session.run(study_storage_url(store.where))
     assert len(result.trials) == 2
     assert shown.done["search"] == (2, OPTIONS.trials)
+
+
+TIERS = "mine:psnr>=5;never:psnr_worst>=100;draft:psnr>=4"
+
+
+def test_every_tier_is_searched_with_what_the_ones_before_measured(
+    tiny: FolderSource, store: Store
+) -> None:
+    options = replace(OPTIONS, quality=None, tiers=TIERS)
+    result = run(tiny, store, options)
+    assert list(result.tiers) == ["mine", "never", "draft"]
+    mine, never, draft = result.tiers.values()
+    assert [len(tier.trials) for tier in result.tiers.values()] == [4, 4, 4]
+    assert (result.study, result.policy_file) == (mine.study, mine.policy_file)
+    assert mine.policy_file is not None
+    assert draft.policy_file is not None
+    assert never.policy_file is None
+    assert any("the tier never has no policy: closest" in note for note in result.notes)
+    assert not any("warm start" in note for note in result.notes)  # what it proved is known
+    whole = {trial.policy.id for trial in mine.trials if trial.state == "complete"}
+    assert whole.isdisjoint(trial.policy.id for trial in (*never.trials, *draft.trials))
+    assert store.tiers_in_use(mine.policy_file) == ["default", "mine"]
+    assert store.tiers_in_use(draft.policy_file) == ["draft"]
+    assert draft.policy_file.evidence.search is not None
+    assert draft.policy_file.evidence.search.trials > len(draft.trials)
+    searched = [t.videos or 0.0 for tier in result.tiers.values() for t in tier.trials]
+    assert result.cost.search.videos == pytest.approx(sum(searched))
+
+
+def test_the_first_tier_alone_becomes_the_default(tiny: FolderSource, store: Store) -> None:
+    options = replace(OPTIONS, quality=None, tiers="never:psnr_worst>=100;draft:psnr>=4")
+    result = run(tiny, store, options)
+    assert (result.policy_file, result.shipped, result.frames) == (None, True, ())
+    draft = result.tiers["draft"].policy_file
+    assert draft is not None
+    assert store.tiers_in_use(draft) == ["draft"]
+    assert "what accelerate(pipe) takes without a tier stays as it was" in result.notes[-1]
+
+
+def test_tiers_share_the_time_that_profile_and_searches_may_take(
+    tiny: FolderSource, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Budget] = []
+    original = Search.run
+
+    def seen(self: Search, budget: Budget, *rest: Any) -> Any:
+        given.append(budget)
+        return original(self, budget, *rest)
+
+    monkeypatch.setattr(Search, "run", seen)
+    monkeypatch.setattr(Meter, "seconds", 100.0)
+    monkeypatch.setattr(Meter, "spent", lambda *_: Spent(seconds=40.0, videos=0.0))
+    options = replace(OPTIONS, quality=None, tiers="a:psnr>=5;b:psnr>=4", time_limit_s=3660.0)
+    run(tiny, store, options)
+    assert [budget.seconds for budget in given] == [1800.0, 3600.0]  # what is left, by trials
+    assert [budget.trials for budget in given] == [4, 4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 
 from ditune.cli.sources import print_json
-from ditune.db.records import Quality
+from ditune.db.records import PolicyFile, Quality, Trial
 from ditune.reports.words import cost_in_words
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def print_result(result: Result, out: Path, report: Path, url: str, json_output:
         console.print(_table(result))
         console.print(f"policy   {found.policy_id}")
         console.print(f"file     {escape(str(out / 'policy.json'))}")
+    if (tiers := _tiers_table(result)) is not None:
+        console.print(tiers)
     console.print(f"cost     {cost_in_words(result.cost)}")
     console.print(f"database {escape(url)}")
     console.print(f"report   {escape(str(report))}")
@@ -114,30 +117,62 @@ def _table(result: Result) -> Table:
     if fewer is not None:
         speedup = f"{fewer.speedup.median:.2f}x" if fewer.speedup else "1.00x"
         table.add_row("fewest steps", "", speedup, f"{fewer.steps} steps hold the same floors")
-    counts = _trial_counts(result)
+    counts = _trial_counts(result.trials)
     table.add_row("trials", "", str(counts["total"]), f"{counts['feasible']} held the floors")
     return table
 
 
+def _tiers_table(result: Result) -> Table | None:
+    """Return one row for each tier, None where none was asked for."""
+    from ditune.cli.reporting import shown_tiers
+    from ditune.reports.charts import tiers_table
+
+    cells = tiers_table(shown_tiers(result))
+    if cells is None:
+        return None
+    table = Table(*cells.head, title="tiers; the first one is the default", title_justify="left")
+    for row in cells.rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
 def run_json(result: Result, out: Path, report: Path, url: str) -> dict[str, Any]:
-    """Return the object of `tune run --json`, schema ditune/run-1."""
-    found = result.policy_file
-    evidence = found.evidence if found is not None else None
+    """Return the object of `tune run --json`, schema ditune/run-1; of tiers only if there are."""
+    tiers = {
+        name: _proved_json(tier.policy_file, out / f"policy-{name}.json")
+        for name, tier in result.tiers.items()
+    }
+    evidence = result.policy_file.evidence if result.policy_file else None
+    proved = _proved_json(result.policy_file, out / "policy.json")
     return {
         "schema": "ditune/run-1",
-        "policy_id": found.policy_id if found else None,
-        "policy_file": str(out / "policy.json") if found else None,
+        "policy_id": proved["policy_id"],
+        "policy_file": proved["policy_file"],
         "db": url,
         "report": str(report),
         "baseline_ms": evidence.baseline_ms if evidence else None,
         "tuned_ms": evidence.tuned_ms if evidence else None,
-        "speedup": evidence.speedup.model_dump(mode="json") if evidence else None,
-        "quality": _quality(evidence.quality) if evidence else None,
-        "bound_by": evidence.bound_by if evidence else None,
-        "trials": _trial_counts(result),
+        "speedup": proved["speedup"],
+        "quality": proved["quality"],
+        "bound_by": proved["bound_by"],
+        "trials": _trial_counts(result.trials),
         "cost": _cost(result.cost),
         "hardware": result.profile.hardware.model_dump(mode="json"),
         "workload": result.profile.workload.model_dump(mode="json"),
+        "status": proved["status"],
+        **({"tiers": tiers} if tiers else {}),
+    }
+
+
+def _proved_json(found: PolicyFile | None, file: Path) -> dict[str, Any]:
+    """Return what was proved of one tier."""
+    evidence = found.evidence if found else None
+    return {
+        "policy_id": found.policy_id if found else None,
+        "policy_file": str(file) if found else None,
+        "speedup": evidence.speedup.model_dump(mode="json") if evidence else None,
+        "quality": _quality(evidence.quality) if evidence else None,
+        "bound_by": evidence.bound_by if evidence else None,
         "status": evidence.status if evidence else "infeasible",
     }
 
@@ -150,9 +185,9 @@ def _quality(quality: dict[str, Quality]) -> dict[str, Any]:
     return {name: value.model_dump(mode="json") for name, value in quality.items()}
 
 
-def _trial_counts(result: Result) -> dict[str, int]:
+def _trial_counts(trials: Sequence[Trial]) -> dict[str, int]:
     return {
-        "total": len(result.trials),
-        "feasible": sum(trial.feasible for trial in result.trials),
-        "rejected_early": sum(trial.state == "rejected" for trial in result.trials),
+        "total": len(trials),
+        "feasible": sum(trial.feasible for trial in trials),
+        "rejected_early": sum(trial.state == "rejected" for trial in trials),
     }

@@ -25,8 +25,9 @@ def list_policies(db: sources.Database = None, json_output: sources.Json = False
 
     with Store.open(sources.database_url(db)) as store:
         found = store.policies()
+        rows = [{**_row(each), "tiers": store.tiers_in_use(each)} for each in found]
     if json_output:
-        sources.print_json({"schema": "ditune/policies-1", "policies": [_row(p) for p in found]})
+        sources.print_json({"schema": "ditune/policies-1", "policies": rows})
         return
     table = Table()
     for column in (
@@ -38,10 +39,10 @@ def list_policies(db: sources.Database = None, json_output: sources.Json = False
         "hardware",
         "proved",
         "status",
+        "in use as",
     ):
         table.add_column(column)
-    for each in found:
-        row = _row(each)
+    for each, row in zip(found, rows, strict=True):
         table.add_row(
             row["policy_id"][:19],
             f"{row['speedup']:.2f}x",
@@ -51,6 +52,7 @@ def list_policies(db: sources.Database = None, json_output: sources.Json = False
             escape(each.hardware.device_name),
             row["created_at"],
             row["status"],
+            escape(", ".join(row["tiers"])),
         )
     Console().print(table if found else "no policies yet: tune one with tune run")
 
@@ -110,14 +112,22 @@ def export(
 
 
 @app.command("import")
-def import_policy(file: File, db: sources.Database = None) -> None:
+def import_policy(
+    file: File,
+    tier: Annotated[
+        str, typer.Option("--tier", help="Under which of several trade-offs it is found.")
+    ] = "default",
+    db: sources.Database = None,
+) -> None:
     """Store a policy file and make it the active one for its hardware and workload."""
     from ditune.db import policy_file
     from ditune.db.store import Store
+    from ditune.tuner.tiers import require_name
 
+    require_name(tier)
     found = policy_file.read(file)
     with Store.open(sources.database_url(db)) as store:
-        store.save_and_activate(found)
+        store.save_and_activate(found, [tier])
     Console().print(f"active for its hardware and workload: {found.policy_id}")
 
 

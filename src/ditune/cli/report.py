@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -12,6 +13,9 @@ from rich.markup import escape
 from ditune.cli import sources
 from ditune.db.errors import UsageFault
 from ditune.db.records import PolicyFile, Profile, Study
+
+if TYPE_CHECKING:
+    from ditune.reports.content import TierShown
 
 
 def report(
@@ -33,17 +37,36 @@ def report(
         profile: Profile | None = store.profile(settings.hardware, settings.workload)
         if profile is None:
             raise UsageFault(f"{url} holds no profile for {chosen.name}: run tune profile first")
-        proved: list[PolicyFile] = [p for p in store.policies() if p.evidence.study == chosen.name]
+        proved: dict[str, PolicyFile] = {}
+        for each in store.policies():  # the last stored first
+            proved.setdefault(each.evidence.study, each)
         content = ReportContent(
             study=chosen,
             profile=profile,
             trials=tuple(store.trials(chosen.name)),
-            chosen=proved[0] if proved else None,
-            frames=(),
-            fewer_steps=None,
+            chosen=proved.get(chosen.name),
+            tiers=_tiers(store.studies(), chosen, proved),
         )
     page.write(content, out)
     Console().print(f"wrote {escape(str(out))}")
+
+
+def _tiers(
+    studies: list[Study], chosen: Study, proved: Mapping[str, PolicyFile]
+) -> tuple[TierShown, ...]:
+    """Return the tiers of the run that a study belongs to, those first that were searched first."""
+    from ditune.reports.content import TierShown
+
+    def together(study: Study) -> bool:
+        own = {"constraints": chosen.settings.constraints, "space": chosen.settings.space}
+        alike = study.settings.model_copy(update=own) == chosen.settings
+        return study.tier is not None and alike and study.arguments == chosen.arguments
+
+    return tuple(
+        TierShown(str(s.tier), s.settings.constraints, proved.get(s.name))
+        for s in studies
+        if chosen.tier is not None and together(s)
+    )
 
 
 def _choose(studies: list[Study], name: str | None, url: str) -> Study:

@@ -6,7 +6,7 @@ import numpy as np
 
 from ditune.accel.memory import planned_bytes
 from ditune.profiler.parts import parts_of, speedup_of_work
-from ditune.reports.content import Expected, FewerSteps, FrameStrip, ReportContent
+from ditune.reports.content import Expected, FewerSteps, FrameStrip, ReportContent, TierShown
 from ditune.tuner.result import Result
 
 
@@ -24,7 +24,16 @@ def content_of(result: Result) -> ReportContent:
         fewer_steps=_fewer_steps(result),
         cache_bytes=_cache_bytes(result),
         expected=_expected(result),
+        tiers=shown_tiers(result),
         cost=result.cost,
+    )
+
+
+def shown_tiers(result: Result) -> tuple[TierShown, ...]:
+    """Return the tiers of a run as tables show them; empty where none was asked for."""
+    return tuple(
+        TierShown(name, tier.study.settings.constraints, tier.policy_file)
+        for name, tier in result.tiers.items()
     )
 
 

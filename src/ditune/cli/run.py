@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ditune.tuner.result import Options, Result
     from ditune.tuner.source import Source
 
-_RESUMED = ("model", "small_model", "prompts", "quality", "device", "out", "junit", "db")
+_RESUMED = ("model", "small_model", "prompts", "quality", "tiers", "device", "out", "junit", "db")
 _RESUMED_INTEGERS = ("trials", "seed", "steps", "height", "width", "frames")
 _RESUMED_NUMBERS = ("guidance", "time_limit", "memory_limit")
 _RESUMED_SWITCHES = ("miniature", "in_process", "workers", "no_warm_start")
@@ -40,7 +40,23 @@ def run(
         str | None,
         typer.Option("--quality", help='Floors, such as "psnr>=35,psnr_worst>=27,ssim>=0.92".'),
     ] = None,
-    trials: Annotated[int, typer.Option("--trials", min=1, help="Policies to try.")] = 20,
+    tiers: Annotated[
+        str | None,
+        typer.Option(
+            "--tiers",
+            metavar="NAMES",
+            help="Several trade-offs instead: some of lossless,high,fast, or floors of your own: "
+            '"high;draft:psnr>=28,psnr_worst>=20". The first one is also the default.',
+        ),
+    ] = None,
+    trials: Annotated[
+        int,
+        typer.Option(
+            "--trials",
+            min=1,
+            help="Policies to try; for each tier after the first, a third (at least 5).",
+        ),
+    ] = 20,
     time_limit: Annotated[
         float | None,
         typer.Option(
@@ -84,6 +100,10 @@ def run(
     Policies are evaluated in a process of their own, which is ended when it hangs or takes too much
     memory; with --workers, by any number of tune worker processes on machines like this one.
 
+    With --tiers each trade-off is searched and proved in turn, in the order listed, and begins with
+    what the ones before it measured. ditune.accelerate(pipe, tier="high") takes one of them,
+    ditune.accelerate(pipe) the first.
+
     Exit codes: 0 found, 2 something to correct, 4 no policy holds the floors, 130 interrupted.
     """
     asked: dict[str, Any] = {
@@ -92,6 +112,7 @@ def run(
         "small_model": small_model,
         "prompts": str(prompts.absolute()) if prompts else None,
         "quality": quality,
+        "tiers": tiers,
         "trials": trials,
         "time_limit": time_limit,
         "no_warm_start": no_warm_start,
@@ -122,11 +143,15 @@ def _checked(asked: Mapping[str, Any]) -> Callable[[], Source]:
     Nothing is created before.
     """
     from ditune.tuner.quality import parse_constraints
+    from ditune.tuner.tiers import require_one, split_tiers
 
     if asked["in_process"] and asked["workers"]:
         raise UsageFault("--in-process and --workers exclude each other: leave one of them out")
+    require_one(asked["quality"], asked["tiers"])
     if asked["quality"] is not None:
         parse_constraints(asked["quality"])
+    if asked["tiers"] is not None:
+        split_tiers(asked["tiers"])
     return _source(asked)
 
 
@@ -172,8 +197,8 @@ def _run(
             raise Interrupted(_how_to_resume(session.study_name, asked["db"])) from None
     report = _write(result, out, junit)
     print_result(result, out, report, url, json_output)
-    if result.policy_file is None:
-        floors = asked["quality"] or source.quality
+    if not result.shipped:
+        floors = asked["tiers"] or asked["quality"] or source.quality
         raise NoFeasiblePolicy(f"no policy holds {floors}: {result.best_seen()}")
 
 
@@ -216,6 +241,7 @@ def _options(asked: dict[str, Any]) -> Options:
     kept = {name: str(value) for name, value in asked.items() if value is not None}
     return Options(
         quality=asked["quality"],
+        tiers=asked["tiers"],
         trials=asked["trials"],
         time_limit_s=limit * 60.0 if limit else float("inf"),
         seed=asked["seed"],
@@ -254,7 +280,7 @@ def _how_to_resume(study: str | None, db: str | None) -> str:
 
 
 def _write(result: Result, out: Path, junit: Path | None) -> Path:
-    """Write the policy file, the trials, the floors as tests and the report; return its path."""
+    """Write the policy files, the trials, the floors as tests and the report; return its path."""
     from ditune.cli.reporting import content_of
     from ditune.db import policy_file
     from ditune.db.files import write_atomically
@@ -264,6 +290,10 @@ def _write(result: Result, out: Path, junit: Path | None) -> Path:
     if found is not None:
         policy_file.write(found, out / "policy.json")
     write_atomically(out / "trials.csv", export.trials_csv(result.trials).encode())
+    for name, tier in result.tiers.items():
+        if tier.policy_file is not None:
+            policy_file.write(tier.policy_file, out / f"policy-{name}.json")
+        write_atomically(out / f"trials-{name}.csv", export.trials_csv(tier.trials).encode())
     if junit is not None:
         evidence = found.evidence if found is not None else None
         text = export.junit_xml(result.study.name, evidence, result.best_seen())
