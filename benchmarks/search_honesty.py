@@ -67,7 +67,7 @@ def simulated(seed: int, kind: Kind, options: Options) -> Found:
     most = options.confirm_candidates
     contenders = to_prove(trials, space, evaluator.constraints, len(proof), most)
     provenance = Provenance("study-simulated", PROMPTS)
-    shipped = confirm(Proof(evaluator, proof), contenders, provenance)
+    shipped = confirm(Proof(evaluator, proof, trials=trials), contenders, provenance)
     fastest = candidates(trials, 1, space.sigmas)
     naive = fastest[0].policy if fastest else Policy()
     won = shipped.policy

@@ -10,7 +10,7 @@ import math
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from ditune.db.policy import Policy
 from ditune.db.records import Constraint, Evidence, Interval, Quality, SearchFigures, Trial
 from ditune.profiler.statistics import CONFIDENCE, paired_speedup, worst_lower_bound
 from ditune.tuner.evaluate import Case, Evaluates, Outcome
+from ditune.tuner.outlook import Outlook
 from ditune.tuner.quality import UNSEEN, bound_by, lower_bound, summarise
 from ditune.tuner.verdict import now
 
@@ -89,11 +90,21 @@ class Proof:
         evaluator: Evaluates,
         cases: Sequence[Case],
         progress: Callable[[int], None] = lambda _: None,
+        trials: Sequence[Trial] = (),
     ) -> None:
-        """Take what to measure on; `progress` is called after every video with their number."""
+        """Take what to measure on.
+
+        Args:
+            evaluator: Of the source, with the floors.
+            cases: Prompts and seeds that the search never saw.
+            progress: Called after every video with their number.
+            trials: Of the search: they say how much a policy adds to what prompts give.
+        """
         self._evaluator = evaluator
         self._cases = cases
         self._progress = progress
+        self._outlook = Outlook(evaluator.constraints, trials)
+        self._pairs: dict[str, list[Outcome]] = {}  # by policy
         self._done = 0
 
     @property
@@ -101,11 +112,10 @@ class Proof:
         """The floors."""
         return self._evaluator.constraints
 
-    def look(self, policy: Policy) -> tuple[Looked, list[Outcome]]:
-        """Measure a candidate until it misses a floor, or on all cases; return its pairs too.
+    def look(self, policy: Policy) -> Looked:
+        """Measure the quality of a candidate until it misses a floor, or on all cases.
 
-        Quality comes first. Where a plain video has to be made for it, that run makes a pair; a
-        later candidate finds the videos there, and takes its pairs once its quality is proved.
+        Where a plain video has to be made for it, that run makes a pair for its speed.
         """
         constraints, cases = self._evaluator.constraints, self._cases
         outcomes: list[Outcome] = []
@@ -114,16 +124,21 @@ class Proof:
             outcomes.append(self._measured(policy, case, not self._evaluator.knows(case)))
             values = [outcome.values for outcome in outcomes]
             reason = missed(constraints, values, len(cases) - len(outcomes))
+            reason = reason or self._outlook.hopeless(values)
             if reason:
                 break
-        pairs = [outcome for outcome in outcomes if outcome.baseline_ms is not None]
-        if not reason:
-            missing = max(min(PAIRS_MIN, len(cases)) - len(pairs), 0)
-            pairs += [self._measured(policy, case, True) for case in cases[:missing]]
-            if _speedup(pairs).ci95[0] <= 1.0:
-                reason = "it is not certainly faster than the plain pipeline"
+        self._pairs[policy.id] = [each for each in outcomes if each.baseline_ms is not None]
         values = [outcome.values for outcome in outcomes]
-        return Looked(policy, values, summarise(constraints, values), reason), pairs
+        if len(values) == len(cases):
+            self._outlook.learn(values)
+        return Looked(policy, values, summarise(constraints, values), reason)
+
+    def timed(self, policy: Policy) -> list[Outcome]:
+        """Return the pairs of a candidate that was looked at; those that are missing are run."""
+        pairs = self._pairs[policy.id]
+        missing = max(min(PAIRS_MIN, len(self._cases)) - len(pairs), 0)
+        pairs += [self._measured(policy, case, True) for case in self._cases[:missing]]
+        return pairs
 
     def _measured(self, policy: Policy, case: Case, paired: bool) -> Outcome:
         outcome = self._evaluator.measure(policy, case, paired=paired)
@@ -133,7 +148,10 @@ class Proof:
 
 
 def confirm(proof: Proof, candidates: Candidates, provenance: Provenance) -> Confirmation:
-    """Look at candidates until none is left to look at; what held and is fastest ships.
+    """Look at candidates until none is left to look at; the last that held ships.
+
+    Each is faster than those that held before it. So only that one is timed, unless it turns out
+    to be no faster than the plain pipeline.
 
     Args:
         proof: Measures them.
@@ -141,18 +159,23 @@ def confirm(proof: Proof, candidates: Candidates, provenance: Provenance) -> Con
         provenance: Goes into the evidence.
     """
     looked: list[Looked] = []
-    held: list[tuple[Looked, list[Outcome]]] = []
-    while (policy := candidates.next(looked)) is not None:
-        found, pairs = proof.look(policy)
-        looked.append(found)
-        if not found.reason:
-            held.append((found, pairs))
-    reasons = tuple(f"{each.policy.id[7:19]}: {each.reason}" for each in looked if each.reason)
-    if not held:
-        return Confirmation(None, None, len(looked), reasons)
-    best, pairs = max(held, key=lambda pair: _speedup(pair[1]).median)
-    evidence = _evidence(proof.constraints, best, pairs, len(looked), provenance)
-    return Confirmation(best.policy, evidence, len(looked), reasons)
+    while True:
+        while (policy := candidates.next(looked)) is not None:
+            looked.append(proof.look(policy))
+        held = [number for number, each in enumerate(looked) if not each.reason]
+        if not held:
+            return Confirmation(None, None, len(looked), _reasons(looked))
+        best = looked[held[-1]]
+        pairs = proof.timed(best.policy)
+        if _speedup(pairs).ci95[0] > 1.0:
+            evidence = _evidence(proof.constraints, best, pairs, len(looked), provenance)
+            return Confirmation(best.policy, evidence, len(looked), _reasons(looked))
+        slow = "it is not certainly faster than the plain pipeline"
+        looked[held[-1]] = replace(best, reason=slow)
+
+
+def _reasons(looked: Sequence[Looked]) -> tuple[str, ...]:
+    return tuple(f"{each.policy.id[7:19]}: {each.reason}" for each in looked if each.reason)
 
 
 def missed(

@@ -63,9 +63,9 @@ def pattern(metric: str, trials: Sequence[Trial], seeds: Sequence[int]) -> Expec
     if not seeds:
         return None
     whole = [t for t in trials if t.state == "complete" and t.policy != Policy()]
-    tables = [{s.seed: _level(metric, s.values[metric]) for s in t.scores} for t in whole]
+    tables = [{s.seed: level(metric, s.values[metric]) for s in t.scores} for t in whole]
     rows = [[table[seed] for seed in seeds] for table in tables if table.keys() == set(seeds)]
-    return _in_common(np.array([row for row in rows if np.ptp(row) > 0.0]))
+    return in_common(np.array([row for row in rows if np.ptp(row) > 0.0]))
 
 
 def will_miss(
@@ -87,14 +87,20 @@ def will_miss(
     if usual is None or len(scores) >= len(usual.differences):
         return False
     wrongly = _REJECTED_WRONGLY / floors / (len(usual.differences) - 1)
-    floor = _level(constraint.metric, constraint.floor)
+    floor = level(constraint.metric, constraint.floor)
     return _best(constraint, scores, usual, wrongly) < floor
 
 
 def shortfall(constraint: Constraint, scores: Sequence[float], usual: Expectation) -> float:
     """Return by how much a floor will probably be missed, relative to it, both as levels."""
-    floor = _level(constraint.metric, constraint.floor)
+    floor = level(constraint.metric, constraint.floor)
     return (floor - _best(constraint, scores, usual, 0.5)) / max(abs(floor), 1e-3)
+
+
+def level(metric: str, score: float) -> float:
+    """Return a score in decibels where its metric has a level in them, else as it is."""
+    found = in_decibels(metric)
+    return score if found is None else found(score)
 
 
 def _best(
@@ -106,7 +112,8 @@ def _best(
     more than expected, or less. For the mean counts the best of what they may give, since a single
     high value widens its bound.
     """
-    seen, differences = _levels(constraint, scores), np.array(usual.differences)
+    seen = np.array([level(constraint.metric, score) for score in scores])
+    differences = np.array(usual.differences)
     count, left = len(seen), len(differences) - len(seen)
     likely = float((seen - differences[:count]).mean()) + differences[count:]
     reach = float(stats.t.ppf(1.0 - wrongly, usual.freedom)) * usual.sd
@@ -121,7 +128,7 @@ def _best(
     return float(bounds.max())
 
 
-def _in_common(table: np.ndarray) -> Expectation | None:
+def in_common(table: np.ndarray) -> Expectation | None:
     """Return what the levels of some trials [trials, prompts] have in common, None if too little.
 
     The standard deviation counts what is not known of the differences themselves, so that the
@@ -136,12 +143,3 @@ def _in_common(table: np.ndarray) -> Expectation | None:
     if sd == 0.0:
         return None
     return Expectation(differences=tuple(differences.tolist()), sd=sd, freedom=freedom)
-
-
-def _levels(constraint: Constraint, scores: Sequence[float]) -> np.ndarray:
-    return np.array([_level(constraint.metric, score) for score in scores])
-
-
-def _level(metric: str, score: float) -> float:
-    level = in_decibels(metric)
-    return score if level is None else level(score)

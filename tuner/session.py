@@ -288,6 +288,7 @@ class Session:
             goal.evaluator,
             cases,
             lambda done: self.progress.update("confirm", done, max(total, done), note),
+            trials,
         )
         provenance = Provenance(study.name, self._prompts_digest, trials)
         listed = to_prove(trials, goal.space, goal.tier.constraints, len(cases), most)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
 from ditune.accel.apply import Summary
 from ditune.db.policy import MaskCache, Policy
 from ditune.db.records import Evidence, Quality, SearchFigures, Trial
-from ditune.tuner.confirm import Confirmation, Listed, Proof, Provenance, confirm, missed
+from ditune.tuner.confirm import Confirmation, Listed, Looked, Proof, Provenance, confirm, missed
 from ditune.tuner.evaluate import Case, Outcome
 from ditune.tuner.quality import parse_constraints
 
@@ -119,6 +121,30 @@ def test_a_policy_that_is_not_certainly_faster_does_not_ship() -> None:
     _, found = run({0: (spread(40), 99.5)})
     assert found.policy is None
     assert "not certainly faster" in found.reasons[0]
+
+
+class Faster:
+    """Some candidates, all of them looked at."""
+
+    def __init__(self, *numbers: int) -> None:
+        self.policies = [trial(number).policy for number in numbers]
+
+    def next(self, looked: Sequence[Looked]) -> Policy | None:
+        return self.policies[len(looked)] if len(looked) < len(self.policies) else None
+
+
+@pytest.mark.parametrize(("last_ms", "shipped"), [(40.0, 2), (99.5, 1)])
+def test_of_those_that_hold_the_last_is_timed_unless_it_is_slow(
+    last_ms: float, shipped: int
+) -> None:
+    script = {0: (spread(44), 60.0), 1: (spread(42), 50.0), 2: (spread(40), last_ms)}
+    evaluator = Scripted(script)
+    found = confirm(Proof(evaluator, CASES), Faster(0, 1, 2), ORIGIN)  # type: ignore[arg-type]
+    assert found.policy == trial(shipped).policy
+    timed = 1 if shipped == 2 else 2
+    assert evaluator.plain_runs == 12 + 6 * timed
+    assert ("not certainly faster" in "".join(found.reasons)) == (shipped == 1)
+    assert evidence_of(found).candidates == 3
 
 
 def test_what_the_search_saw_of_the_winner_is_kept_apart() -> None:
