@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.optimised import Evaluation, optimised
+from benchmarks.optimised import Problem, Spent, kept
 from diffusers.utils import logging as diffusers_logging
 from pydantic import TypeAdapter
 
@@ -38,17 +38,10 @@ class Compared:
 
     share: Interval  # latency of the plain optimiser's best over that of what ships
     speedup: Interval  # of what ships, against the plain pipeline
-    forwards: float
-    plain_forwards: float  # until it was as fast, or in all
-    reached: bool  # whether it was ever as fast
-
-
-@dataclass(frozen=True)
-class Spent:
-    """An evaluation of the plain optimiser, and all forwards when it was over."""
-
-    evaluation: Evaluation
-    forwards: float
+    forwards: float  # of profile, search and proof
+    shared_forwards: float  # of profile and proof alone
+    plain_forwards: float  # of evaluations until one was as fast, or of all
+    reached: bool  # whether one ever was
 
 
 class Forwards:
@@ -70,19 +63,19 @@ class Forwards:
         self._calls += 1
 
 
-class _UntilProved:
-    """A progress that takes the count while a search and its proof run.
+class _ByStage:
+    """A progress that takes the count in each stage.
 
-    Fewer steps are compared after it, and are no part of them.
+    Fewer steps are compared after the proof, and are no part of it.
     """
 
     def __init__(self, forwards: Forwards) -> None:
         self._forwards = forwards
-        self.spent = 0.0
+        self.until: dict[str, float] = {}
 
     def update(self, stage: Stage, done: int, total: int, note: str) -> None:
         if note != "fewer steps":
-            self.spent = self._forwards.done
+            self.until[stage] = self._forwards.done
 
 
 class _Truth:
@@ -121,7 +114,7 @@ def _compared(folder: Path, seed: int, evaluations: int) -> Compared:
     source = source_of(seed)
     evaluator = Evaluator(source, parse_constraints(source.quality))
     space, plain = optimised_plainly(folder, seed, source, evaluator, evaluations)
-    shipped, spent = _ours(folder, seed, source)
+    shipped, until = _ours(folder, seed, source)
     truth = _Truth(evaluator, cases_of(source.held_out, _UNSEEN, _TRUTH_SEED))
     feasible = [each for each in plain if each.evaluation.feasible]
 
@@ -138,8 +131,14 @@ def _compared(folder: Path, seed: int, evaluations: int) -> Compared:
         for each in feasible
         if each.evaluation.speedup >= as_fast and truth.holds(policy_of(each))
     ]
-    until = reached[0] if reached else plain[-1].forwards
-    return Compared(share, speedup, spent, until, bool(reached))
+    return Compared(
+        share,
+        speedup,
+        forwards=until["confirm"],
+        shared_forwards=until["confirm"] - until["search"] + until["profile"],
+        plain_forwards=reached[0] if reached else plain[-1].forwards,
+        reached=bool(reached),
+    )
 
 
 def source_of(seed: int) -> MiniatureSource:
@@ -160,38 +159,31 @@ def _turned(prompts: Sequence[str], seed: int) -> tuple[str, ...]:
 def optimised_plainly(
     folder: Path, seed: int, source: MiniatureSource, evaluator: Evaluator, evaluations: int
 ) -> tuple[Space, list[Spent]]:
-    """Let the plain optimiser go on where it stopped; the profile is a present to it."""
-    options, path, kind = Options(), folder / f"plain-miniature-{seed}.jsonl", TypeAdapter(Spent)
+    """Let the plain optimiser go on where it stopped, in the space that a profile gives."""
+    options = Options()
     prompts = source.calibration[: options.profile_prompts]
     recorded = record(source.pipe, prompts, call=source.call, seed=_SEARCH_SEED)
     space = Space(recorded.profile, handoff=False, trajectories=recorded.trajectories)
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    plain = [kind.validate_json(line) for line in lines]
-    before = plain[-1].forwards if plain else 0.0
     counter = Forwards(source.pipe.transformer)
     cases = cases_of(source.calibration, options.search_prompts, _SEARCH_SEED)
-    known = [each.evaluation for each in plain]
-    for found in optimised(space, evaluator, cases, evaluations, seed, known):
-        plain.append(Spent(found, before + counter.done))
-        with path.open("ab") as file:
-            file.write(kind.dump_json(plain[-1]) + b"\n")
-    return space, plain
+    problem = Problem(space, evaluator, cases, lambda: counter.done)
+    return space, kept(folder / f"plain-miniature-{seed}.jsonl", problem, evaluations, seed)
 
 
-def _ours(folder: Path, seed: int, source: MiniatureSource) -> tuple[Policy, float]:
-    """Return what a session ships, and its forwards until then."""
+def _ours(folder: Path, seed: int, source: MiniatureSource) -> tuple[Policy, dict[str, float]]:
+    """Return what a session ships, and its forwards until the end of each stage."""
     path = folder / f"ours-miniature-{seed}.json"
     if not path.exists():
-        progress = _UntilProved(Forwards(source.pipe.transformer))
+        progress = _ByStage(Forwards(source.pipe.transformer))
         url = f"sqlite:///{folder}/ours-miniature-{seed}.db"
         with Store.open(url) as store:
             session = Session(source, store, Options(seed=seed), progress)
             found = session.run(study_storage_url(url)).policy_file
         policy = Policy() if found is None else found.policy
-        kept = {"policy": policy.model_dump(mode="json"), "forwards": progress.spent}
-        write_atomically(path, json.dumps(kept).encode())
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    return Policy.model_validate(kept["policy"]), kept["forwards"]
+        ours = {"policy": policy.model_dump(mode="json"), "until": progress.until}
+        write_atomically(path, json.dumps(ours).encode())
+    read = json.loads(path.read_text(encoding="utf-8"))
+    return Policy.model_validate(read["policy"]), read["until"]
 
 
 def _in_turn(

@@ -1,16 +1,18 @@
 """What a plain optimiser does on the same space: by chance, then Gaussian processes, to the end.
 
-No profile, no ladder, no early end, no proof: each policy is run on all prompts, and the sampler
-hears its speed and its constraints as our search would tell them.
+No ladder, no surrogate, no early end: each policy is run on all prompts, and the sampler hears its
+speed and its constraints as our search would tell them. Every evaluation is kept at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import optuna
+from pydantic import TypeAdapter
 
 from ditune.db.policy import Policy
 from ditune.tuner.evaluate import Case, Evaluates
@@ -35,24 +37,43 @@ class Evaluation:
         return all(value <= 0.0 for value in self.violation.values())
 
 
-def optimised(
-    space: Space,
-    evaluator: Evaluates,
-    cases: Sequence[Case],
-    evaluations: int,
-    seed: int,
-    known: Sequence[Evaluation] = (),
-) -> Iterator[Evaluation]:
-    """Yield one evaluation after the other.
+@dataclass(frozen=True)
+class Spent:
+    """An evaluation of the plain optimiser, and all forwards when it was over."""
 
-    Args:
-        space: To search.
-        evaluator: Runs policies.
-        cases: The prompts that each of them takes.
-        evaluations: How many in all.
-        seed: Of the sampler.
-        known: What an earlier run yielded; it counts, and is not yielded again.
-    """
+    evaluation: Evaluation
+    forwards: float
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is searched: the space, who evaluates, on what, and who counts forwards."""
+
+    space: Space
+    evaluator: Evaluates
+    cases: Sequence[Case]
+    forwards: Callable[[], float]
+
+
+def kept(path: Path, problem: Problem, evaluations: int, seed: int) -> list[Spent]:
+    """Let the plain optimiser go on where a file says that it stopped; return all evaluations."""
+    kind = TypeAdapter(Spent)
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    plain = [kind.validate_json(line) for line in lines][:evaluations]
+    before, began = (plain[-1].forwards if plain else 0.0), problem.forwards()
+    known = [each.evaluation for each in plain]
+    for each in _optimised(problem, evaluations, seed, known):
+        plain.append(Spent(each, before + problem.forwards() - began))
+        with path.open("ab") as file:
+            file.write(kind.dump_json(plain[-1]) + b"\n")
+    return plain
+
+
+def _optimised(
+    problem: Problem, evaluations: int, seed: int, known: Sequence[Evaluation]
+) -> Iterator[Evaluation]:
+    """Yield one evaluation after the other; those that are known count, and are not yielded."""
+    space, evaluator = problem.space, problem.evaluator
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = optuna.samplers.GPSampler(
         seed=seed + len(known),
@@ -71,7 +92,7 @@ def optimised(
     for _ in range(evaluations - len(known)):
         asked = study.ask(space.distributions)
         policy = space.policy(asked.params)
-        outcomes = list(evaluator.run(policy, cases, pairs=1))
+        outcomes = list(evaluator.run(policy, problem.cases, pairs=1))
         found = Evaluation(
             asked.params,
             violations(evaluator.constraints, [outcome.values for outcome in outcomes]),

@@ -54,6 +54,7 @@ class Found:
     margin_db: float | None
     looked_at: int
     forwards: int
+    proof_forwards: int  # of them
 
 
 def simulated(seed: int, kind: Kind, options: Options) -> Found:
@@ -63,6 +64,7 @@ def simulated(seed: int, kind: Kind, options: Options) -> Found:
     space = landscape.space()
     cases = cases_of(SEARCH_PROMPTS, options.search_prompts, _SEARCH_SEED + 1_000 * seed)
     trials = searched_in_memory(space, evaluator, cases, options.trials, seed)
+    searched_for = evaluator.forwards
     proof = cases_of(PROOF_PROMPTS, options.confirm_prompts, _PROOF_SEED + 1_000 * seed)
     most = options.confirm_candidates
     contenders = to_prove(trials, space, evaluator.constraints, len(proof), most)
@@ -81,6 +83,7 @@ def simulated(seed: int, kind: Kind, options: Options) -> Found:
         margin_db=None if won is None else landscape.margin_db(won),
         looked_at=shipped.looked_at,
         forwards=evaluator.forwards,
+        proof_forwards=evaluator.forwards - searched_for,
     )
 
 

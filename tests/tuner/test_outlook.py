@@ -23,7 +23,7 @@ def searched(random: np.random.Generator, trials: int) -> list[Trial]:
     prompts = random.normal(0.0, APART_DB, 3)
     found = []
     for number in range(trials):
-        computed: tuple[Action, ...] = ("full",) * (number + 2)
+        computed: list[Action] = ["full" for _ in range(number + 2)]
         policy = Policy(cache=MaskCache(actions=(*computed, "step")))
         own = 36.0 + number + random.normal(0.0, OWN_DB, 3)
         scores = tuple(
