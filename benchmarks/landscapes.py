@@ -298,9 +298,11 @@ class Simulated:
 
     def measure(self, policy: Policy, case: Case, *, paired: bool) -> Outcome:
         """Run one case, with the plain pipeline beside it if asked."""
-        self._plain(case)
         baseline_ms = self._latency(1.0) if paired else None
-        self.forwards += STEPS if paired else 0
+        if paired:  # that run gives the plain video, too
+            self.forwards += STEPS
+            self._known.add(case)
+        self._plain(case)
         mask: list[Action] = ["full"] * STEPS
         if policy.cache is not None:
             mask = self._landscape.executed(policy.cache, case)

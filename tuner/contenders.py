@@ -80,12 +80,12 @@ class Foreseen:
         glimpses = [_glimpse(each) for each in looked]
         frontier = Frontier(self._space, self._trials, glimpses, self._proof_prompts)
         choices = frontier.choices(elsewhere=True)
-        seen = {each.policy.id: each for each in looked}
-        held = [c.speedup for c in choices if c.policy.id in seen and not seen[c.policy.id].reason]
+        seen = {each.policy: each for each in looked}
+        held = [c.speedup for c in choices if c.policy in seen and not seen[c.policy].reason]
         promises = {
             choice.policy: choice.promise(max(held, default=1.0))
             for choice in choices
-            if choice.policy.id not in seen
+            if choice.policy not in seen
         }
         best = max(promises, key=lambda policy: promises[policy], default=None)
         little = _WORTH if held else 0.0

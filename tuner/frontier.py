@@ -224,13 +224,13 @@ def proposed(space: Space, trials: Sequence[Trial], proof_prompts: int) -> Propo
         trials: So far.
         proof_prompts: How many prompts the proof will take.
     """
-    tried = {trial.policy.id for trial in trials if not undecided(trial)}
+    tried = {trial.policy for trial in trials if not undecided(trial)}
     if not any(whole_mask(trial.policy) and trial.quality for trial in trials):
         firsts = (space.prior(budget) for budget in _first_budgets(space, trials))
-        return next((p for p in firsts if space.policy(p.parameters).id not in tried), None)
+        return next((p for p in firsts if space.policy(p.parameters) not in tried), None)
     choices = Frontier(space, trials, (), proof_prompts).choices(elsewhere=False)
-    known = max((c.speedup for c in choices if c.policy.id in tried and c.chance >= 0.5), default=1)
-    fresh = [choice for choice in choices if choice.policy.id not in tried]
+    known = max((c.speedup for c in choices if c.policy in tried and c.chance >= 0.5), default=1)
+    fresh = [choice for choice in choices if choice.policy not in tried]
     best = max(fresh, key=lambda choice: choice.promise(known), default=None)
     if best is None or not isinstance(best.policy.cache, MaskCache) or not best.promise(known):
         return None
