@@ -21,6 +21,7 @@ from ditune.profiler.parts import forwards_of
 from ditune.profiler.record import Recorded
 from ditune.tuner.confirm import PAIRS_MIN, Looked, Provenance, evidence_of, policy_file_of
 from ditune.tuner.curve_points import Objectives, Proposals, marked, to_prove, unbounded
+from ditune.tuner.devices import device_name, require_alone
 from ditune.tuner.evaluate import Outcome, cases_of
 from ditune.tuner.gauges import GaugedEvaluator
 from ditune.tuner.goals import CONFIRM_SEED, search_cases
@@ -85,6 +86,7 @@ class CurveSession:
 
         Raises:
             UsageFault: Another process draws this curve.
+            NotMeasurable: Other programs compute on the device.
         """
         meter = Meter(lambda: self.evaluator.videos)
         evaluator, options = self.evaluator, self.options
@@ -172,6 +174,7 @@ class CurveSession:
 
     def _tried(self, job: Job) -> Trial:
         """Evaluate a policy in this process and return the trial, without the floor of the job."""
+        require_alone(device_name(self.evaluator.device))
         began, before = time.monotonic(), self.evaluator.videos
         self.evaluator.drain()
         found = Here(self.evaluator).run(job)
@@ -196,6 +199,7 @@ class CurveSession:
         """Measure policies one after another on all held-out cases."""
         cases, points = self.held_out, []
         for place, trial in enumerate(chosen):
+            require_alone(device_name(self.evaluator.device))
             outcomes = []
             self.evaluator.drain()
             for number, case in enumerate(cases):

@@ -32,7 +32,9 @@ def given(space: Space, number: int, policy: Policy) -> Trial:
     if policy != Policy():
         predictable = space.schedules is not None and whole_mask(policy)
         level = level_db(space, policy) if predictable else 20.0
-    return tried(number, policy, level).model_copy(update={"peak_bytes": 1000 + number})
+    found = tried(number, policy, level)
+    judged = {**found.quality, "judge": found.quality["psnr"]}
+    return found.model_copy(update={"quality": judged, "peak_bytes": 1000 + number})
 
 
 def searched(
@@ -92,6 +94,13 @@ def test_where_nothing_can_be_predicted_the_profile_alone_proposes() -> None:
         assert isinstance(trial.policy.cache, MaskCache)
         count = trial.policy.cache.actions.count("full")
         assert trial.policy == space.policy(space.prior(count).parameters)
+
+
+def test_hand_offs_come_from_the_sampler_every_second_trial() -> None:
+    space = Space(profile(), handoff=True)
+    assert space.hands_over
+    trials = searched(space, 7, Objectives(metric="judge"))
+    assert [trial.number for trial in trials if trial.source == "search"] == [2, 4, 6]
 
 
 def test_nothing_new_is_nothing(space: Space, monkeypatch: pytest.MonkeyPatch) -> None:

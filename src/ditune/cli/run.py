@@ -203,15 +203,7 @@ def _source(asked: Mapping[str, Any]) -> Callable[[], Source]:
     load = sources.source_loader(
         asked["model"], asked["miniature"], asked["small_model"], prompts, _call(asked)
     )
-    return lambda: _moved(load(), asked["device"])
-
-
-def _moved(source: Source, device: str | None) -> Source:
-    from ditune.tuner.source import move
-
-    if device is not None:
-        move(source, device)
-    return source
+    return lambda: sources.moved(load(), asked["device"])
 
 
 def _options(asked: dict[str, Any]) -> Options:
@@ -240,6 +232,11 @@ def _arguments_of(study_name: str, db: str | None) -> dict[str, Any]:
         raise UsageFault(
             f"there is no study {study_name!r} in {sources.database_url(db)}; "
             f"it holds: {', '.join(sorted(known)) or 'none'}"
+        )
+    if not known[study_name].settings.constraints:
+        raise UsageFault(
+            f"{study_name} is a trade-off curve: run tune curve as it was run before, and it goes "
+            "on from there"
         )
     kept = known[study_name].arguments
     asked: dict[str, Any] = {name: kept.get(name) for name in _RESUMED}

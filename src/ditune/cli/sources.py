@@ -127,6 +127,15 @@ def source_loader(
     return _quietly(lambda: source.load_folder(folder, given, chosen, small_model=small_model))
 
 
+def moved(source: Source, device: str | None) -> Source:
+    """Return a source on the device that was asked for, by default where it loaded."""
+    from ditune.tuner.source import move
+
+    if device is not None:
+        move(source, device)
+    return source
+
+
 def origin_of(model: str | None, small_model: str | None, call: Mapping[str, Any]) -> Origin:
     """Return where another process finds the pipeline that `source_loader` was given.
 
