@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +93,18 @@ def test_the_page_says_what_every_point_gave(content: ReportContent) -> None:
         assert part in said
     assert "memory" not in said
     assert "energy" not in said
+
+
+def test_the_plain_pipeline_does_not_set_the_scale(content: ReportContent) -> None:
+    html = page.render(drawn(content))
+    found = re.search(r'id="plots">(.*?)</script>', html, re.DOTALL)
+    assert found is not None
+    figure = json.loads(found[1])["figures"]["quality"]
+    (plain,) = (trace for trace in figure["data"] if trace["name"] == "plain pipeline")
+    low, high = figure["layout"]["yaxis"]["range"]
+    assert plain["y"] == [high]
+    assert low < 31.0 - 1.5
+    assert high < 60.0
 
 
 @pytest.mark.parametrize(

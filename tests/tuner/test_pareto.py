@@ -46,6 +46,7 @@ def test_a_spread_has_both_ends_and_no_more_than_asked(values: list[float], coun
 def test_a_spread_leaves_out_what_lies_close_to_another() -> None:
     assert spread([0.0, 0.1, 5.0, 5.1, 9.9, 10.0], 3) == [0, 2, 5]
     assert spread([0.0, 1.0, 2.0], 1) == [2]
+    assert spread([1.0, 1.0, 1.0], 2) == [0, 1]
 
 
 @given(st.integers(1, 20), st.integers(1, 60))
