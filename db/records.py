@@ -299,6 +299,8 @@ class Trial(Record):
     duration_s: Annotated[float, Field(ge=0)]
     created_at: Timestamp
     videos: Annotated[float, Field(ge=0)] | None = None  # plain ones' worth of compute that it took
+    peak_bytes: Count | None = None  # of one video, where a curve weighs memory
+    energy_j: Annotated[float, Field(ge=0)] | None = None  # the same of energy
 
     @property
     def feasible(self) -> bool:

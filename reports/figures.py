@@ -45,7 +45,7 @@ _MARKERS: dict[Verdict, tuple[str, str, str]] = {  # legend, symbol, colour
     "baseline": ("plain pipeline", "square", "var(--ink)"),
 }
 _STACK_STYLES = (("var(--full)", ""), ("var(--step)", "/"), ("var(--cfg)", "."))
-_WHISKER = {"color": "var(--ink)", "thickness": 1, "width": 2}
+WHISKER = {"color": "var(--ink)", "thickness": 1, "width": 2}
 _LABEL_LIMIT = 48
 _HOVER_WIDTH = 52
 _ROW_PX = 34
@@ -200,7 +200,7 @@ def _whiskers(found: Sequence[LayerTiming]) -> dict[str, Any]:
         "type": "data",
         "array": [layer.p80_ms - layer.median_ms for layer in found],
         "arrayminus": [layer.median_ms - layer.p20_ms for layer in found],
-        **_WHISKER,
+        **WHISKER,
     }
 
 
@@ -286,7 +286,7 @@ def _chosen_marks(gathered: Scatter, high: float) -> list[Any]:
                     "type": "data",
                     "array": [top - speedup.median],
                     "arrayminus": [speedup.median - low],
-                    **_WHISKER,
+                    **WHISKER,
                 },
                 hovertext=[
                     f"chosen policy, confirmed on unseen prompts<br>{factor(speedup.median)}, "

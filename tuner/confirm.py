@@ -17,7 +17,16 @@ from typing import Protocol
 from scipy import stats
 
 from ditune.db.policy import Policy
-from ditune.db.records import Constraint, Evidence, Interval, Quality, SearchFigures, Trial
+from ditune.db.records import (
+    Constraint,
+    Evidence,
+    Interval,
+    PolicyFile,
+    Profile,
+    Quality,
+    SearchFigures,
+    Trial,
+)
 from ditune.profiler.statistics import CONFIDENCE, paired_speedup, worst_lower_bound
 from ditune.tuner.evaluate import Case, Evaluates, Outcome
 from ditune.tuner.outlook import Outlook
@@ -168,7 +177,7 @@ def confirm(proof: Proof, candidates: Candidates, provenance: Provenance) -> Con
         best = looked[held[-1]]
         pairs = proof.timed(best.policy)
         if _speedup(pairs).ci95[0] > 1.0:
-            evidence = _evidence(proof.constraints, best, pairs, len(looked), provenance)
+            evidence = evidence_of(proof.constraints, best, pairs, len(looked), provenance)
             return Confirmation(best.policy, evidence, len(looked), _reasons(looked))
         slow = "it is not certainly faster than the plain pipeline"
         looked[held[-1]] = replace(best, reason=slow)
@@ -222,29 +231,59 @@ def _speedup(pairs: Sequence[Outcome]) -> Interval:
     return paired_speedup(baseline, [o.tuned_ms for o in pairs])
 
 
-def _evidence(
+def evidence_of(
     constraints: Sequence[Constraint],
-    best: Looked,
+    found: Looked,
     pairs: Sequence[Outcome],
     looked_at: int,
     provenance: Provenance,
 ) -> Evidence:
-    """Return what a policy was proved to give."""
+    """Return what a policy was proved to give.
+
+    Args:
+        constraints: What was scored.
+        found: The policy with its quality.
+        pairs: Interleaved with the plain pipeline.
+        looked_at: How many policies were measured.
+        provenance: Where policy and prompts come from.
+    """
     return Evidence(
         speedup=_speedup(pairs),
         baseline_ms=sorted(o.baseline_ms for o in pairs if o.baseline_ms is not None)[
             len(pairs) // 2
         ],
         tuned_ms=sorted(o.tuned_ms for o in pairs)[len(pairs) // 2],
-        quality=dict(best.quality),
-        bound_by=bound_by(constraints, best.quality),
+        quality=dict(found.quality),
+        bound_by=bound_by(constraints, found.quality),
         candidates=looked_at,
         prompts_digest=provenance.prompts_digest,
         study=provenance.study,
         git_commit=_commit(),
         created_at=now(),
         status="measured",
-        search=_search_figures(best.policy, provenance.trials),
+        search=_search_figures(found.policy, provenance.trials),
+    )
+
+
+def policy_file_of(profile: Profile, policy: Policy, evidence: Evidence) -> PolicyFile:
+    """Return a proved policy with all that is needed to find it again.
+
+    Args:
+        profile: Of the pipeline that it was proved on.
+        policy: What was proved.
+        evidence: Of the proof.
+    """
+    workload = profile.workload
+    if policy.handoff is None:  # it serves with and without a small model at hand
+        alone = {"small_model_digest": None, "small_model_revision": None}
+        workload = workload.model_copy(update=alone)
+    return PolicyFile(
+        policy_id=policy.id,
+        hardware=profile.hardware,
+        software=profile.software,
+        workload=workload,
+        policy=policy,
+        evidence=evidence,
     )
 
 

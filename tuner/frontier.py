@@ -96,19 +96,14 @@ class Frontier:
     def choices(self, *, elsewhere: bool) -> list[Choice]:
         """Return what was tried, and the masks that some surrogate finds best.
 
-        There is one for every payload and every number of computed steps.
-
         Args:
             elsewhere: Whether the chance is wanted on other prompts than those of the search.
         """
-        space = self._space
         tried = [g.policy.cache for g in self._glimpses if isinstance(g.policy.cache, MaskCache)]
         masks = dict.fromkeys(tried) | dict.fromkeys(
-            MaskCache(actions=_actions(computed, space.steps), payload=payload)
+            mask
             for surrogate in self._surrogates.values()
-            for computed in self._schedules.frontier(surrogate.weights, surrogate.power)
-            if space.fewest <= len(computed) < space.steps
-            for payload in _payloads(space.arc_length)
+            for mask in best_masks(self._space, surrogate)
         )
         return self._of_masks(list(masks), elsewhere) + self._of_others(elsewhere)
 
@@ -214,6 +209,22 @@ class Frontier:
                 variances.append(float(np.mean([_spread_of(g, metric) for g in full])) ** 2)
                 weights.append(most - 1.0)
         return math.sqrt(float(np.average(variances, weights=weights)))
+
+
+def best_masks(space: Space, surrogate: Surrogate) -> Iterator[MaskCache]:
+    """Yield the masks that a surrogate finds best.
+
+    There is one for every payload and every number of computed steps.
+
+    Args:
+        space: With trajectories.
+        surrogate: Fitted to what masks of the space gave.
+    """
+    assert space.schedules is not None
+    for computed in space.schedules.frontier(surrogate.weights, surrogate.power):
+        if space.fewest <= len(computed) < space.steps:
+            for payload in _payloads(space.arc_length):
+                yield MaskCache(actions=_actions(computed, space.steps), payload=payload)
 
 
 def proposed(space: Space, trials: Sequence[Trial], proof_prompts: int) -> Proposal | None:

@@ -135,16 +135,24 @@ def parse_constraints(text: str) -> tuple[Constraint, ...]:
                 'separated by commas, for example "psnr>=35,psnr_worst>=27"'
             )
         name, worst, floor = found.groups()
-        if name not in metrics():
-            raise UsageFault(
-                f"unknown metric {name!r} in --quality: known are {', '.join(sorted(metrics()))}"
-            )
+        require_metric(name)
         statistic: Literal["mean", "worst"] = "worst" if worst else "mean"
         constraints.append(Constraint(metric=name, statistic=statistic, floor=float(floor)))
     names = [constraint.name for constraint in constraints]
     if len(set(names)) < len(names):
         raise UsageFault(f"--quality bounds the same thing twice: {text}")
     return tuple(constraints)
+
+
+def require_metric(name: str) -> None:
+    """Check that there is a metric of this name.
+
+    Raises:
+        UsageFault: There is none.
+    """
+    if name not in metrics():
+        known = ", ".join(sorted(metrics()))
+        raise UsageFault(f"unknown metric {name!r}: known are {known}")
 
 
 def needs_reference(constraints: Iterable[Constraint]) -> bool:

@@ -35,7 +35,7 @@ from ditune.tuner.space import Proposal, Space
 from ditune.tuner.verdict import imagined, undecided, with_known
 from ditune.tuner.worker import Worker, patiently
 
-_CASES_PER_PAIR = 8  # of a trial, at least one pair; confirmation takes one per prompt
+CASES_PER_PAIR = 8  # of a trial, at least one pair; confirmation takes one per prompt
 _STARTUP_TRIALS = 8
 _AS_FAST = 0.98  # of the fastest trial that held: what a sampler's point has to reach
 _REPEATS = 50  # known policies in a row, after which there is nothing new to be found
@@ -310,7 +310,7 @@ class Search:
             constraints=constraints,
             prompts=tuple(case.prompt for case in cases),
             seeds=tuple(seeds),
-            pairs=0 if foreseen else max(1, len(cases) // _CASES_PER_PAIR),
+            pairs=0 if foreseen else max(1, len(cases) // CASES_PER_PAIR),
             expected_speedup=foreseen,
             limit_s=self._limit_s,
             origin=self._origin,

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import replace
 
 import numpy as np
 
 from ditune.accel.apply import accelerate
 from ditune.db.errors import StoreFault, UsageFault
-from ditune.db.records import Impacts, PolicyFile, Profile, Settings, Study, Trial
+from ditune.db.records import PolicyFile, Profile, Settings, Study, Trial
 from ditune.db.store import Store
-from ditune.profiler.impact import impacts
 from ditune.profiler.parts import forwards_of
-from ditune.profiler.record import Recorded, record
-from ditune.tuner.confirm import PAIRS_MIN, Confirmation, Proof, Provenance, confirm
+from ditune.tuner.confirm import PAIRS_MIN, Confirmation, Proof, Provenance, confirm, policy_file_of
 from ditune.tuner.contenders import to_prove
 from ditune.tuner.crew import Crew
 from ditune.tuner.elsewhere import Elsewhere, crew_of, first_note, limit_s, require_shared
 from ditune.tuner.evaluate import Case, Evaluator, cases_of
 from ditune.tuner.fewer_steps import FewestSteps, fewest_steps
-from ditune.tuner.goals import CONFIRM_SEED, SEARCH_SEED, Goal, goals_of, search_cases
+from ditune.tuner.goals import CONFIRM_SEED, Goal, goals_of, search_cases
 from ditune.tuner.meter import Meter
+from ditune.tuner.profiled import profiled
 from ditune.tuner.progress import Progress, Quiet
 from ditune.tuner.quality import prepare
 from ditune.tuner.result import FramePair, Options, Result, TierResult
@@ -83,7 +81,9 @@ class Session:
         """Profile, search, confirm and save; everything measured is in the store at any time."""
         meter = Meter(lambda: self.evaluator.videos)
         with meter.stage("profile"):
-            recorded = self._profile()
+            cases = search_cases(self.source, self.options, self.tiers[0].constraints)
+            profiled_prompts = self.options.profile_prompts
+            recorded = profiled(self.evaluator, self.store, profiled_prompts, cases, self.progress)
         goals = goals_of(self.tiers, self.evaluator, self.options, recorded, self._note)
         self._require_expected([goal.settings for goal in goals])
         self._studies = tuple(goal.settings.study for goal in goals)
@@ -109,45 +109,6 @@ class Session:
             cost=meter.cost(forwards_of(recorded.profile)),
             tiers=found if self.options.tiers is not None else {},
         )
-
-    def _profile(self) -> Recorded:
-        options = self.options
-        total = 2 * options.profile_prompts + 3
-        done = -1
-
-        def note(words: str) -> None:
-            nonlocal done
-            done += 1
-            self.progress.update("profile", done, total, words)
-
-        recorded = record(
-            self.source.pipe,
-            self.source.calibration[: options.profile_prompts],
-            call={**self.source.call, "output_type": "np"},
-            small=self.source.small,
-            seed=SEARCH_SEED,
-            progress=note,
-        )
-        cases = search_cases(self.source, options, self.tiers[0].constraints)
-        for case, output in zip(cases, recorded.outputs, strict=False):
-            self.evaluator.adopt(case, output)  # the same prompts and seeds
-        self.evaluator.videos += recorded.videos
-        known = self.store.impacts(recorded.profile.workload)
-        if known is None:
-            note("measuring what errors do")
-            known = self._impacts(forwards_of(recorded.profile))
-        found = recorded.profile.model_copy(update={"impacts": known})
-        self.progress.update("profile", total, total, "done")
-        self.store.save_profile(found)
-        return replace(recorded, profile=found)
-
-    def _impacts(self, forwards_per_video: int) -> Impacts | None:
-        def count(forwards: int) -> None:
-            self.evaluator.videos += forwards / forwards_per_video
-
-        source = self.source
-        prompt, call = source.calibration[0], source.call
-        return impacts(source.pipe, prompt, call=call, seed=SEARCH_SEED, spent=count)
 
     def _note(self, sentence: str) -> None:
         if sentence not in self.notes:
@@ -298,18 +259,7 @@ class Session:
         policy, evidence = confirmation.policy, confirmation.evidence
         if policy is None or evidence is None:
             return None
-        workload = found.workload
-        if policy.handoff is None:  # it serves with and without a small model at hand
-            alone = {"small_model_digest": None, "small_model_revision": None}
-            workload = workload.model_copy(update=alone)
-        policy_file = PolicyFile(
-            policy_id=policy.id,
-            hardware=found.hardware,
-            software=found.software,
-            workload=workload,
-            policy=policy,
-            evidence=evidence,
-        )
+        policy_file = policy_file_of(found, policy, evidence)
         self._activate(policy_file, tier)
         return policy_file
 

@@ -70,6 +70,14 @@ def _tiers(
 
 
 def _choose(studies: list[Study], name: str | None, url: str) -> Study:
+    """Return a study with floors, by default the newest: a curve has a page of its own."""
+    curves = {study.name for study in studies if not study.settings.constraints}
+    if name in curves:
+        raise UsageFault(
+            f"{name} is a trade-off curve: run tune curve as it was run before, and it writes its "
+            "page again"
+        )
+    studies = [study for study in studies if study.name not in curves]
     if not studies:
         raise UsageFault(f"{url} holds no study yet: start one with tune run")
     if name is None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -133,7 +132,7 @@ def run(
     if resume is not None:
         asked = _arguments_of(resume, db)
     load = _checked(asked)
-    with _alone(Path(asked["out"])):
+    with sources.alone_in(Path(asked["out"])):
         _run(asked, load, resume, json_output)
 
 
@@ -153,25 +152,6 @@ def _checked(asked: Mapping[str, Any]) -> Callable[[], Source]:
     if asked["tiers"] is not None:
         split_tiers(asked["tiers"])
     return _source(asked)
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Keep a second run from writing to the same folder; its results would mix with these.
-
-    Raises:
-        UsageFault: The folder cannot be written, or another run holds it.
-    """
-    from filelock import FileLock, Timeout
-
-    sources.require_writable(out, "the report")
-    try:
-        with FileLock(out / ".ditune.lock", blocking=False):
-            yield
-    except Timeout:
-        raise UsageFault(
-            f"another tune run is writing to {out}: wait for it, or name another folder with --out"
-        ) from None
 
 
 def _run(
@@ -223,15 +203,7 @@ def _source(asked: Mapping[str, Any]) -> Callable[[], Source]:
     load = sources.source_loader(
         asked["model"], asked["miniature"], asked["small_model"], prompts, _call(asked)
     )
-    return lambda: _moved(load(), asked["device"])
-
-
-def _moved(source: Source, device: str | None) -> Source:
-    from ditune.tuner.source import move
-
-    if device is not None:
-        move(source, device)
-    return source
+    return lambda: sources.moved(load(), asked["device"])
 
 
 def _options(asked: dict[str, Any]) -> Options:
@@ -260,6 +232,11 @@ def _arguments_of(study_name: str, db: str | None) -> dict[str, Any]:
         raise UsageFault(
             f"there is no study {study_name!r} in {sources.database_url(db)}; "
             f"it holds: {', '.join(sorted(known)) or 'none'}"
+        )
+    if not known[study_name].settings.constraints:
+        raise UsageFault(
+            f"{study_name} is a trade-off curve: run tune curve as it was run before, and it goes "
+            "on from there"
         )
     kept = known[study_name].arguments
     asked: dict[str, Any] = {name: kept.get(name) for name in _RESUMED}

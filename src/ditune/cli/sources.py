@@ -1,4 +1,4 @@
-"""What all commands share: the pipeline to work on, the database, and printing JSON."""
+"""What all commands share: the pipeline, the database, the folder for results, and JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -126,6 +127,15 @@ def source_loader(
     return _quietly(lambda: source.load_folder(folder, given, chosen, small_model=small_model))
 
 
+def moved(source: Source, device: str | None) -> Source:
+    """Return a source on the device that was asked for, by default where it loaded."""
+    from ditune.tuner.source import move
+
+    if device is not None:
+        move(source, device)
+    return source
+
+
 def origin_of(model: str | None, small_model: str | None, call: Mapping[str, Any]) -> Origin:
     """Return where another process finds the pipeline that `source_loader` was given.
 
@@ -186,6 +196,25 @@ def require_writable(folder: Path, what: str) -> None:
             f"cannot write {what} to {folder}: {fault.strerror or fault}; "
             "choose a folder you may write"
         ) from fault
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Keep a second run from writing to the same folder; its results would mix with these.
+
+    Raises:
+        UsageFault: The folder cannot be written, or another run holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    require_writable(out, "the report")
+    try:
+        with FileLock(out / ".ditune.lock", blocking=False):
+            yield
+    except Timeout:
+        raise UsageFault(
+            f"another tune run is writing to {out}: wait for it, or name another folder with --out"
+        ) from None
 
 
 def print_json(data: Mapping[str, Any]) -> None:
