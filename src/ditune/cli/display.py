@@ -101,7 +101,8 @@ def _table(result: Result) -> Table:
     """Return the summary of a policy that held."""
     assert result.policy_file is not None
     evidence = result.policy_file.evidence
-    title = f"confirmed on {evidence.speedup.n} unseen prompts and seeds ({evidence.status})"
+    prompts = max(quality.n for quality in evidence.quality.values())
+    title = f"confirmed on {prompts} unseen prompts and seeds ({evidence.status})"
     table = Table(title=title, title_justify="left")
     for column in ("", "plain", "tuned", "95 % interval / floor"):
         table.add_column(column)
