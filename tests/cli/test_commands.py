@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 from tests.db.conftest import file_of
-from tests.tuner.searches import study
+from tests.tuner.test_search import study
 from typer.testing import CliRunner
 
 from ditune.cli.main import app, main

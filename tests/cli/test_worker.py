@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tuner.searches import study
-from tests.tuner.test_search import STUDY
+from tests.tuner.test_search import STUDY, study
 
 from ditune import miniature
 from ditune.cli.main import main

@@ -10,11 +10,11 @@ import optuna
 import pytest
 import torch
 from optuna.trial import TrialState
-from tests.tuner.test_search import FLOORS, STUDY, profile
+from tests.tuner.test_search import FLOORS, STUDY, profile, study
 
 from ditune.db.engine import study_storage_url
 from ditune.db.policy import MaskCache
-from ditune.db.records import Job, Settings, Study, Trial
+from ditune.db.records import Job, Trial
 from ditune.db.store import Store
 from ditune.tuner.crew import Alone, Team
 from ditune.tuner.evaluate import Case
@@ -54,21 +54,6 @@ class Floors:
 
 
 Searching = Callable[..., Search]
-
-
-def study() -> Study:
-    """Return the study that is searched here."""
-    found = profile()
-    settings = Settings(
-        hardware=found.hardware,
-        software=found.software,
-        workload=found.workload,
-        constraints=FLOORS,
-        prompts_digest="sha256:" + "c" * 64,
-        seed=0,
-        space="sha256:" + "d" * 64,
-    )
-    return Study(name=STUDY, settings=settings, created_at="2026-01-01T00:00:00Z")
 
 
 @pytest.fixture

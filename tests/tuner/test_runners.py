@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tuner.searches import study
+from tests.tuner.test_search import study
 
 from ditune import miniature
 from ditune.db.errors import EvaluationFault, UsageFault

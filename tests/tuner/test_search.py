@@ -140,9 +140,8 @@ class ScriptedEvaluator:
         return Outcome(case, {"psnr": psnr}, 100.0 / ratio, 100.0 if paired else None, summary)
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    """Return a store that knows the study."""
+def study() -> Study:
+    """Return the study that is searched here."""
     found = profile()
     settings = Settings(
         hardware=found.hardware,
@@ -153,8 +152,14 @@ def store(tmp_path: Path) -> Iterator[Store]:
         seed=0,
         space="sha256:" + "d" * 64,
     )
+    return Study(name=STUDY, settings=settings, created_at="2026-01-01T00:00:00Z")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """Return a store that knows the study."""
     with Store.open(str(tmp_path / "ours.db")) as opened:
-        opened.save_study(Study(name=STUDY, settings=settings, created_at="2026-01-01T00:00:00Z"))
+        opened.save_study(study())
         yield opened
 
 

@@ -15,11 +15,10 @@ from tests.tuner.searches import (
     quiet,
     searching,
     store,
-    study,
     told,
     url,
 )
-from tests.tuner.test_search import FLOORS, STUDY
+from tests.tuner.test_search import FLOORS, STUDY, study
 
 from ditune.db.engine import study_storage_url
 from ditune.db.errors import EvaluationFault, StoreLost

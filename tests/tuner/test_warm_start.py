@@ -13,11 +13,11 @@ import pytest
 from benchmarks.landscapes import SEARCH_PROMPTS, Landscape, Simulated
 from benchmarks.simulated import even_profile
 from tests.db.conftest import EVIDENCE, file_of
-from tests.tuner.searches import Formula, Searching, quiet, searching, store, study, url
+from tests.tuner.searches import Formula, Searching, quiet, searching, store, url
 from tests.tuner.test_frontier import PROOF_PROMPTS, computed, level_db, tried
 from tests.tuner.test_ladders import ended
 from tests.tuner.test_schedule import trajectory_of
-from tests.tuner.test_search import STEPS, STUDY, prior, profile
+from tests.tuner.test_search import STEPS, STUDY, prior, profile, study
 
 from ditune.db.engine import study_storage_url
 from ditune.db.policy import Handoff, MaskCache, Policy, RuleCache
