@@ -12,7 +12,7 @@ import itertools
 import json
 import multiprocessing
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -22,9 +22,10 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from ditune.db.errors import UsageFault
+from ditune.db.moe import ExpertOrder, TileConfig, TilePath
 from ditune.kernels.reference import Experts, moe_reference
 from ditune.kernels.routing import Routing, route
-from ditune.kernels.triton_grouped_gemm import Path, TileConfig, grouped_gemm
+from ditune.kernels.triton_grouped_gemm import grouped_gemm
 from ditune.kernels.triton_moe import moe
 
 _WORKERS = 12
@@ -76,6 +77,22 @@ SMALL = Shape("128 tokens", 128, 64, 8, 3584, 2560)
 ROUTINGS = ("balanced", "best", "worst", "zipf")
 
 
+def config(
+    tile: tuple[int, int, int, int, int], *, path: TilePath = "ptr", persistent: int = 0
+) -> TileConfig:
+    """Return a configuration from (block_m, block_n, block_k, num_warps, num_stages)."""
+    m, n, k, warps, stages = tile
+    return TileConfig(
+        block_m=m,
+        block_n=n,
+        block_k=k,
+        num_warps=warps,
+        num_stages=stages,
+        path=path,
+        persistent=persistent,
+    )
+
+
 def configurations(shape: Shape) -> list[TileConfig]:
     """Return what is tried: large tiles where there are many rows, low ones where there are few."""
     if shape.tokens >= 1024:
@@ -85,12 +102,13 @@ def configurations(shape: Shape) -> list[TileConfig]:
         tiles = [(16, 128, 128, 4, 4), (16, 64, 128, 4, 5), (16, 128, 64, 4, 5)]
         tiles += [(32, 128, 128, 4, 4), (64, 128, 64, 4, 5), (16, 256, 64, 4, 5)]
     found = []
-    paths: tuple[Path, ...] = ("ptr", "tma_weights", "tma")
-    for (m, n, k, warps, stages), path, stays in itertools.product(tiles, paths, (0, 1)):
-        found.append(TileConfig(m, n, k, warps, stages, 8, path, stays))
-    best = TileConfig(*tiles[0], 8, "tma_weights", 1)
-    found += [replace(best, group_m=g) for g in (1, 16, 32)]
-    found += [replace(best, order="desc"), replace(best, order="interleave")]
+    paths: tuple[TilePath, ...] = ("ptr", "tma_weights", "tma")
+    for tile, path, stays in itertools.product(tiles, paths, (0, 1)):
+        found.append(config(tile, path=path, persistent=stays))
+    best = config(tiles[0], path="tma_weights", persistent=1)
+    found += [best.model_copy(update={"group_m": g}) for g in (1, 16, 32)]
+    orders: tuple[ExpertOrder, ...] = ("desc", "interleave")
+    found += [best.model_copy(update={"order": order}) for order in orders]
     return found
 
 
@@ -173,7 +191,7 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
             inputs = Inputs.of(shape, routing, weight)
             times = dict(_timed(inputs, shape))
             sweep += [
-                {"shape": asdict(shape), "routing": routing, "config": asdict(c), "us": t}
+                {"shape": asdict(shape), "routing": routing, "config": c.model_dump(), "us": t}
                 for c, t in times.items()
             ]
             _add(benchmark, f"{shape.name}, {routing}", inputs, times, ceiling)
@@ -260,8 +278,8 @@ def _add_layer(benchmark: Benchmark) -> None:
     experts = Experts(weights(shape), down / shape.inner**0.5)
     hidden = torch.randn(shape.tokens, shape.hidden, dtype=torch.bfloat16, device="cuda")
     scale = torch.rand(shape.tokens, shape.top_k, dtype=torch.bfloat16, device="cuda")
-    up = TileConfig(128, 128, 64, 8, 4, 8, "tma_weights", 0)
-    second = replace(up, path="tma")
+    up = config((128, 128, 64, 8, 4), path="tma_weights")
+    second = up.model_copy(update={"path": "tma"})
     for routing in ("balanced", "zipf"):
         indices = shape.indices(routing)
         found = moe(hidden, experts, indices, scale, up, second).float()

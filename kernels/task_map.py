@@ -17,14 +17,13 @@ of tiles that share columns of the weight.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ditune.db.errors import UsageFault
+from ditune.db.moe import ExpertOrder
 
-ExpertOrder = Literal["id", "desc", "asc", "interleave"]
 ORDERS: tuple[ExpertOrder, ...] = ("id", "desc", "asc", "interleave")
 IDLE = -1  # expert of a program beyond the last tile
 

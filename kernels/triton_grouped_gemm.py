@@ -10,8 +10,6 @@ Source: arXiv 2501.16103 for one launch over ragged experts and the compressed t
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import triton
@@ -20,38 +18,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ditune.db.errors import UsageFault
+from ditune.db.moe import TileConfig
 from ditune.kernels.routing import Routing
-from ditune.kernels.task_map import ExpertOrder, build_task_map, grid_bound
+from ditune.kernels.task_map import build_task_map, grid_bound
 
-Path = Literal["ptr", "tma_weights", "tma"]
 _BIGGEST = tl.constexpr(2**31 - 1)
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """How one grouped GEMM is tiled and launched.
-
-    Args:
-        block_m: Rows of a tile, a power of two >= 16.
-        block_n: Columns of a tile, a power of two >= 16.
-        block_k: Depth of a step, a power of two >= 16.
-        num_warps: Warps of a program.
-        num_stages: Steps that are loaded ahead.
-        group_m: Rows of tiles that are worked off together, see `task_map.swizzle`.
-        path: How the operands are read.
-        persistent: Programs per SM that stay and stride over the tiles; 0 launches one per tile.
-        order: In which order experts are worked off.
-    """
-
-    block_m: int = 128
-    block_n: int = 128
-    block_k: int = 64
-    num_warps: int = 8
-    num_stages: int = 3
-    group_m: int = 8
-    path: Path = "ptr"
-    persistent: int = 0
-    order: ExpertOrder = "id"
 
 
 @triton.jit

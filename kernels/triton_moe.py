@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ditune.db.moe import TileConfig
 from ditune.kernels.reference import Experts
 from ditune.kernels.routing import Routing, route
-from ditune.kernels.triton_grouped_gemm import TileConfig, grouped_gemm
+from ditune.kernels.triton_grouped_gemm import grouped_gemm
 
 _ELEMENTS = 1024  # of a program that works element by element
 

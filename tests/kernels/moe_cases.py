@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ditune.db.moe import TileConfig
 from ditune.kernels.reference import Experts, moe_reference
-from ditune.kernels.triton_grouped_gemm import TileConfig
 from ditune.kernels.triton_moe import moe
 
 BOUNDS = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}  # of the largest value
@@ -95,21 +95,26 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return share if share == share else float("inf")
 
 
+def changed(config: TileConfig, **fields: object) -> TileConfig:
+    """Return a configuration with other values in some fields."""
+    return TileConfig(**{**config.model_dump(), **fields})
+
+
 def configurations() -> Iterator[tuple[str, TileConfig, TileConfig]]:
     """Yield pairs of tile configurations, for the first GEMM and the second."""
-    small = TileConfig(16, 32, 16, num_warps=4, num_stages=2, group_m=2)
+    small = TileConfig(block_m=16, block_n=32, block_k=16, num_warps=4, num_stages=2, group_m=2)
     yield "ptr", small, small
-    wide = replace(small, block_m=64, block_n=64, block_k=32, group_m=8, order="desc")
+    wide = changed(small, block_m=64, block_n=64, block_k=32, group_m=8, order="desc")
     yield "ptr, 64 by 64", wide, wide
-    stays = replace(small, persistent=1, order="interleave", group_m=1)
+    stays = changed(small, persistent=1, order="interleave", group_m=1)
     yield "persistent", stays, stays
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 9:
-        weights = replace(wide, path="tma_weights")
-        yield "tma", weights, replace(weights, path="tma")
+        weights = changed(wide, path="tma_weights")
+        yield "tma", weights, changed(weights, path="tma")
         yield (
             "tma, persistent",
-            replace(weights, persistent=1),
-            replace(wide, path="tma", persistent=2),
+            changed(weights, persistent=1),
+            changed(wide, path="tma", persistent=2),
         )
 
 

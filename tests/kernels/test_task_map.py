@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditune.db.errors import UsageFault
+from ditune.db.moe import ExpertOrder
 from ditune.kernels.task_map import (
     IDLE,
     ORDERS,
-    ExpertOrder,
     TaskMap,
     assign,
     build_task_map,

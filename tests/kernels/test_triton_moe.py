@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from ditune.db.errors import UsageFault
+from ditune.db.moe import TileConfig
 from ditune.kernels.routing import route
-from ditune.kernels.triton_grouped_gemm import TileConfig, grouped_gemm
+from ditune.kernels.triton_grouped_gemm import grouped_gemm
 
 PROGRAM = Path(__file__).with_name("moe_cases.py")
 
