@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -17,8 +17,9 @@ from ditune.db.errors import CorruptData, DituneError, StoreFault, UsageFault
 from ditune.db.parsing import parse, parse_addressed
 from ditune.db.policy import Policy
 from ditune.db.records import SCHEMA_VERSION, Evidence, Hardware, Match, Software, Workload
+from ditune.db.tunings import TunedLayer
 
-REVISIONS = ("0.1.0", "0.2.0")  # schemas that the queries below read alike, the newest last
+REVISIONS = ("0.1.0", "0.2.0", "0.3.0")  # schemas that the queries below read, the newest last
 VERSION_TABLE = "ditune_alembic_version"
 # views and triggers, which could stand in for our tables; ditune makes none
 PLANTED = "SELECT name FROM sqlite_master WHERE type NOT IN ('table', 'index')"
@@ -29,6 +30,7 @@ _LISTED_MOST = 7  # a run's tiers, and the default
 _MINOR_MATTERS = ("torch", "diffusers", "transformers")
 _DAMAGED = "restore a backup, or move it away to start anew"
 Fact = TypeVar("Fact", Hardware, Workload)
+Answer = TypeVar("Answer")
 
 _ACTIVE = """
 SELECT policy.digest, policy.schema_version, policy.body,
@@ -40,6 +42,8 @@ JOIN policy ON policy.digest = evidence.policy
 JOIN software ON software.key = evidence.software_key
 WHERE active.hardware_key = ? AND active.workload_key = ? AND active.tier = ?
 """
+
+_TUNINGS = "SELECT body FROM moe_tuning WHERE hardware_key = ? ORDER BY id DESC"
 
 
 class _Found(NamedTuple):
@@ -74,23 +78,56 @@ def find(
     """
     if not _exists(path):
         return _baseline(f"no policies yet: {path} does not exist")
+
+    def answered(connection: sqlite3.Connection) -> Match:
+        found = _active(connection, path, hardware, workload, tier)
+        if found is None:
+            return _baseline(_why_none(connection, path, hardware, workload, tier))
+        return _match(found, software)
+
+    return _read(path, answered)
+
+
+def find_tunings(path: Path, hardware: Hardware) -> list[TunedLayer]:
+    """Return what expert layers were tuned on a hardware, the newest first.
+
+    Args:
+        path: As for `find`; a file that is not there, or from before such tunings, has none.
+        hardware: What they have to be tuned on.
+
+    Raises:
+        CorruptData, UsageFault, StoreFault: As for `find`.
+    """
+    if not _exists(path):
+        return []
+
+    def answered(connection: sqlite3.Connection) -> list[TunedLayer]:
+        if not _column(connection, "SELECT 1 FROM sqlite_master WHERE name = 'moe_tuning'", ()):
+            return []
+        rows = connection.execute(_TUNINGS, (hardware.key,)).fetchmany(_MAX_CANDIDATES)
+        return [parse(TunedLayer, body, f"a tuning in {path}") for (body,) in rows]
+
+    return _read(path, answered)
+
+
+def _read(path: Path, answered: Callable[[sqlite3.Connection], Answer]) -> Answer:
+    """Return what a function reads from a file, in one snapshot."""
     try:
         try:
-            return _find(path, "mode=ro", (hardware, software, workload, tier))
+            return _answer(path, "mode=ro", answered)
         except sqlite3.OperationalError as error:
             if _code(error) not in {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}:
                 raise
         # a WAL database in a folder that cannot be written: readable only as one that never changes
         _require_merged(path)
-        return _find(path, "immutable=1", (hardware, software, workload, tier))
+        return _answer(path, "immutable=1", answered)
     except UnicodeDecodeError as error:  # the damage stands in the very message that names it
         raise CorruptData(f"{path} is damaged (unreadable text): {_DAMAGED}") from error
     except sqlite3.Error as error:
         raise _fault(path, error) from error
 
 
-def _find(path: Path, mode: str, key: tuple[Hardware, Software, Workload, str]) -> Match:
-    hardware, software, workload, tier = key
+def _answer(path: Path, mode: str, answered: Callable[[sqlite3.Connection], Answer]) -> Answer:
     uri = f"{path.absolute().as_uri()}?{mode}"
     connection = sqlite3.connect(uri, uri=True, timeout=LOCK_WAIT_S, isolation_level=None)
     with closing(connection):
@@ -98,10 +135,7 @@ def _find(path: Path, mode: str, key: tuple[Hardware, Software, Workload, str]) 
         connection.execute("PRAGMA trusted_schema=OFF")
         connection.execute("BEGIN")  # one snapshot for all queries
         _require_our_schema(connection, path)
-        found = _active(connection, path, hardware, workload, tier)
-        if found is None:
-            return _baseline(_why_none(connection, path, hardware, workload, tier))
-    return _match(found, software)
+        return answered(connection)
 
 
 def _match(found: _Found, software: Software) -> Match:

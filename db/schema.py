@@ -5,6 +5,7 @@ evidence                                what a policy gave, on which of the thre
 active, active_history                  the evidence in use per hardware, workload and tier
 study, trial, profile, artifact         how it was found
 job, search                             what is being evaluated, by whom, and until when
+moe_tuning                              tiles of expert layers per hardware and shape of layer
 
 Bodies are the JSON of the record of the same name; columns beside a body repeat what is searched.
 """
@@ -223,3 +224,17 @@ class SearchRow(Schema):
         Text, ForeignKey("study.name", ondelete="RESTRICT"), primary_key=True
     )
     ended_at: Mapped[str | None] = mapped_column(Text)
+
+
+class MoeTuningRow(Schema):
+    """A `TunedLayer`; the newest of a hardware, shape and kernels counts."""
+
+    __tablename__ = "moe_tuning"
+    __table_args__ = (Index("ix_moe_tuning_hardware_key", "hardware_key"), _json_body(), _COUNTED)
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    hardware_key: Mapped[str] = _reference("hardware.key")
+    software_key: Mapped[str] = _reference("software.key")
+    shape: Mapped[str] = mapped_column(Text)
+    kernels: Mapped[str] = mapped_column(Text)
+    body: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[str] = mapped_column(Text)

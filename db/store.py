@@ -47,6 +47,7 @@ from ditune.db.schema import (
     TrialRow,
 )
 from ditune.db.transactions import Transactions
+from ditune.db.tuning_rows import MoeTunings
 
 _PREFIX = re.compile(r"(?:sha256:)?([0-9a-f]{1,64})")
 
@@ -60,6 +61,7 @@ class Store(Transactions):
         self.file = sqlite_file(engine.url)  # None where a server keeps the data
         self._artifacts = artifacts
         self.jobs = Jobs(engine)  # what is being evaluated, by whom
+        self.moe = MoeTunings(engine)  # tiles of expert layers
 
     @classmethod
     def open(cls, url: str, artifacts: Path | None = None) -> Self:

@@ -28,7 +28,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "9.0.0"
-down_revision = "0.2.0"
+down_revision = "0.3.0"
 
 
 def upgrade():
@@ -158,7 +158,8 @@ def of_0_1_0(filled: Path) -> Path:
     """Return a database as release 0.1.0 left it: without the two tables that came after."""
     with closing(sqlite3.connect(filled)) as raw:
         raw.executescript(
-            f"DROP TABLE job; DROP TABLE search; UPDATE {VERSION_TABLE} SET version_num = '0.1.0'"
+            "DROP TABLE job; DROP TABLE search; DROP TABLE moe_tuning; "
+            f"UPDATE {VERSION_TABLE} SET version_num = '0.1.0'"
         )
     return filled
 
@@ -169,7 +170,7 @@ def test_a_database_of_0_1_0_is_read_at_once_and_written_after_an_upgrade(
     wanted = make_file()
     found = readonly.find(of_0_1_0, wanted.hardware, wanted.software, wanted.workload)
     assert found.policy_id == wanted.policy_id
-    with pytest.raises(CorruptData, match=r"ditune 0\.1\.0, this release needs 0\.2\.0"):
+    with pytest.raises(CorruptData, match=r"ditune 0\.1\.0, this release needs 0\.3\.0"):
         Store.open(str(of_0_1_0))
     assert migrate.upgrade(str(of_0_1_0)) is not None
     with Store.open(str(of_0_1_0)) as store:
