@@ -33,7 +33,8 @@ from ditune.tuner.outlook import Outlook
 from ditune.tuner.quality import UNSEEN, bound_by, lower_bound, summarise
 from ditune.tuner.verdict import now
 
-PAIRS_MIN = 6  # interleaved pairs that a speedup rests on
+PAIRS_MIN, PAIRS_MOST = 6, 20  # interleaved pairs that a speedup rests on
+_WIDE = 0.1  # interval of a speedup, in shares of it, beyond which more pairs are run
 _FIRST_LOOK = 4  # prompts after which a candidate may be given up
 _FUTILE = 0.05  # chance to hold in the end, below which it is
 
@@ -143,10 +144,15 @@ class Proof:
         return Looked(policy, values, summarise(constraints, values), reason)
 
     def timed(self, policy: Policy) -> list[Outcome]:
-        """Return the pairs of a candidate that was looked at; those that are missing are run."""
+        """Return the pairs of a candidate that was looked at.
+
+        Those that are missing are run, and on a noisy machine more, until the interval is narrow.
+        """
         pairs = self._pairs[policy.id]
-        missing = max(min(PAIRS_MIN, len(self._cases)) - len(pairs), 0)
-        pairs += [self._measured(policy, case, True) for case in self._cases[:missing]]
+        for case in self._cases[len(pairs) : PAIRS_MOST]:
+            if len(pairs) >= PAIRS_MIN and _width(pairs) <= _WIDE:
+                break
+            pairs.append(self._measured(policy, case, True))
         return pairs
 
     def _measured(self, policy: Policy, case: Case, paired: bool) -> Outcome:
@@ -229,6 +235,12 @@ def _chance(constraint: Constraint, scores: Sequence[float], left: int) -> float
 def _speedup(pairs: Sequence[Outcome]) -> Interval:
     baseline = [o.baseline_ms for o in pairs if o.baseline_ms is not None]
     return paired_speedup(baseline, [o.tuned_ms for o in pairs])
+
+
+def _width(pairs: Sequence[Outcome]) -> float:
+    """Return how wide the interval of a speedup is, in shares of the speedup."""
+    speedup = _speedup(pairs)
+    return (speedup.ci95[1] - speedup.ci95[0]) / speedup.median
 
 
 def evidence_of(

@@ -97,6 +97,13 @@ def test_a_candidate_whose_bound_misses_is_passed_over() -> None:
     assert evidence_of(found).speedup.n == 6
 
 
+def test_noisy_latencies_get_more_pairs() -> None:
+    evaluator, found = run({0: (spread(35.4, 1.0), 40.0), 1: (spread(40), 5.0)})
+    assert trial(1).policy == found.policy
+    assert evidence_of(found).speedup.n == 12
+    assert evaluator.plain_runs == 12 + 12
+
+
 def test_each_speedup_rests_on_pairs_of_that_candidate() -> None:
     early = [40.0] * 5 + [26.0] * 7  # given up at the sixth prompt
     evaluator, found = run({0: (early, 20.0), 1: (spread(40), 50.0)})
