@@ -221,8 +221,7 @@ def best_masks(space: Space, surrogate: Surrogate) -> Iterator[MaskCache]:
         surrogate: Fitted to what masks of the space gave.
     """
     assert space.schedules is not None
-    best = space.schedules.frontier(surrogate.weights, surrogate.power, surrogate.contrast)
-    for computed in best:
+    for computed in space.schedules.frontier(surrogate.weights, surrogate.power):
         if space.fewest <= len(computed) < space.steps:
             for payload in _payloads(space.arc_length):
                 yield MaskCache(actions=_actions(computed, space.steps), payload=payload)

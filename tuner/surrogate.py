@@ -28,9 +28,8 @@ _NOISE_DB = 0.5  # what the model cannot know of one mask on some prompts
 _NONE = 1e-7  # squared error that nothing gets below
 _TINY = 1e-4  # step of numerical slopes
 _POWER_SD = 1.0  # of the number of steps that a gap reuses, with which its error counts more
-_CONTRAST_SD = 0.3  # of the power with which the profile's errors count, in log units
-_LEVEL, _SLOPE, _POWER, _CONTRAST = 0, 1, 2, 3  # places in the vector of unknowns; bumps,
-_BUMP = _CONTRAST + 1  # payloads and other prompts follow
+_LEVEL, _SLOPE, _POWER = 0, 1, 2  # places in the vector of unknowns; the bumps and payloads follow
+_BUMP = _POWER + 1
 
 
 @dataclass(frozen=True)
@@ -94,11 +93,6 @@ class Surrogate:
         return float(self._unknown[_POWER])
 
     @property
-    def contrast(self) -> float:
-        """With which power the profile's errors count: 1 as it says, 0 as if all were the same."""
-        return float(np.exp(self._unknown[_CONTRAST]))
-
-    @property
     def elsewhere(self) -> tuple[float, float]:
         """By how much other prompts give more than those of the search, and how sure that is."""
         return float(self._unknown[-1]), float(np.sqrt(self._covariance[-1, -1]))
@@ -137,7 +131,7 @@ class Surrogate:
     def _predicted(self, unknown: np.ndarray, rows: _Rows) -> np.ndarray:
         where, reused, squared = rows.gaps.swapaxes(0, 1)
         weights = self._weights(unknown)[where.astype(int)] * np.exp(unknown[_POWER] * reused)
-        errors = (squared ** np.exp(unknown[_CONTRAST]) * weights).sum(axis=1) + _NONE
+        errors = (squared * weights).sum(axis=1) + _NONE
         others = rows.others @ unknown[_BUMP + _BUMPS :]
         found: np.ndarray = unknown[_LEVEL] - unknown[_SLOPE] * 10.0 * np.log10(errors) + others
         return found
@@ -171,12 +165,11 @@ def _bumps(steps: int) -> np.ndarray:
 def _priors(elsewhere_sd: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean and the standard deviation of everything unknown, before any trial."""
     payloads = list(_PAYLOADS.values())
-    mean = [0.0, 1.0, 0.0, 0.0, *[0.0] * _BUMPS, *[m for m, _ in payloads], 0.0]
+    mean = [0.0, 1.0, 0.0, *[0.0] * _BUMPS, *[m for m, _ in payloads], 0.0]
     sd = [
         100.0,
         _SLOPE_SD,
         _POWER_SD,
-        _CONTRAST_SD,
         *[_WEIGHT_SD] * _BUMPS,
         *[s for _, s in payloads],
         elsewhere_sd,
