@@ -183,7 +183,7 @@ def _ours(folder: Path, seed: int, source: MiniatureSource) -> tuple[Policy, dic
         ours = {"policy": policy.model_dump(mode="json"), "until": progress.until}
         write_atomically(path, json.dumps(ours).encode())
     read = json.loads(path.read_text(encoding="utf-8"))
-    return Policy.model_validate(read["policy"]), read["until"]
+    return Policy.model_validate_json(json.dumps(read["policy"])), read["until"]
 
 
 def _in_turn(
