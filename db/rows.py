@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from ditune.db.parsing import address_of
 from ditune.db.record import Record
-from ditune.db.records import PolicyFile, Profile, Trial
+from ditune.db.records import Hardware, PolicyFile, Profile, Software, Trial, Workload
 from ditune.db.schema import HardwareRow, Schema, SoftwareRow, TrialRow, WorkloadRow
 
 
@@ -34,10 +34,23 @@ def save_facts(session: Session, record: PolicyFile | Profile) -> dict[str, str]
         ("software", SoftwareRow, record.software),
         ("workload", WorkloadRow, record.workload),
     ):
-        key = address_of(fact, f"the {name}")
-        insert_new(session, table, {"key": key, "body": body(fact)})
-        keys[f"{name}_key"] = key
+        keys[f"{name}_key"] = keep_fact(session, table, fact)
     return keys
+
+
+def keep_fact(
+    session: Session,
+    table: type[HardwareRow | SoftwareRow | WorkloadRow],
+    fact: Hardware | Software | Workload,
+) -> str:
+    """Keep a fact under its key and return the key.
+
+    Raises:
+        CorruptData: A number in it has no canonical form.
+    """
+    key = address_of(fact, f"the {table.__tablename__}")
+    insert_new(session, table, {"key": key, "body": body(fact)})
+    return key
 
 
 def keep_trial(session: Session, trial: Trial) -> None:

@@ -227,14 +227,12 @@ class SearchRow(Schema):
 
 
 class MoeTuningRow(Schema):
-    """A `TunedLayer`; the newest of a hardware, shape and kernels counts."""
+    """A `TunedLayer`; of those that hold somewhere the newest counts."""
 
     __tablename__ = "moe_tuning"
     __table_args__ = (Index("ix_moe_tuning_hardware_key", "hardware_key"), _json_body(), _COUNTED)
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
     hardware_key: Mapped[str] = _reference("hardware.key")
     software_key: Mapped[str] = _reference("software.key")
-    shape: Mapped[str] = mapped_column(Text)
-    kernels: Mapped[str] = mapped_column(Text)
     body: Mapped[str] = mapped_column(Text)
     created_at: Mapped[str] = mapped_column(Text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -87,17 +88,24 @@ def test_other_kernels_and_other_shapes_are_not_used() -> None:
     assert newest([layer()], wider, SOFTWARE, KERNELS)[0] is None
 
 
-def test_other_releases_of_diffusers_change_no_kernel(make_file: object) -> None:
+def test_other_releases_of_diffusers_change_no_kernel() -> None:
     newer = SOFTWARE.model_copy(update={"diffusers": "0.99", "transformers": "9", "ditune": "9"})
     assert newest([layer(64)], SHAPE, newer, KERNELS)[0] == layer(64).tuning
 
 
-def test_policies_of_a_database_stay_as_they_are(database: Path, make_file: object) -> None:
-    assert callable(make_file)
+def test_policies_of_a_database_stay_as_they_are(
+    database: Path, make_file: Callable[..., PolicyFile]
+) -> None:
     wanted = make_file()
-    assert isinstance(wanted, PolicyFile)
     with Store.open(str(database)) as store:
         store.save_and_activate(wanted)
         store.moe.save(layer())
     found = readonly.find(database, wanted.hardware, wanted.software, wanted.workload)
     assert found.policy_id == wanted.policy_id
+
+
+def test_a_server_keeps_tunings_too(server_database: str) -> None:
+    with Store.open(server_database) as store:
+        for each in (layer(32), layer(64)):
+            store.moe.save(each)
+        assert store.moe.of(HARDWARE) == [layer(64), layer(32)]

@@ -15,10 +15,7 @@ def upgrade() -> None:
         "moe_tuning",
         sa.Column("id", sa.Integer, primary_key=True, nullable=False),
         *(_fact(name) for name in ("hardware", "software")),
-        *(
-            sa.Column(name, sa.Text, nullable=False)
-            for name in ("shape", "kernels", "body", "created_at")
-        ),
+        *(sa.Column(name, sa.Text, nullable=False) for name in ("body", "created_at")),
         sa.CheckConstraint("json_valid(body)", name="body").ddl_if(dialect="sqlite"),
         sqlite_autoincrement=True,
         sqlite_strict=True,
