@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_users_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep tests away from the policies of whoever runs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DITUNE_DB", str(tmp_path_factory.mktemp("user") / "policies.db"))
+        yield
 
 
 @pytest.fixture
