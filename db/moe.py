@@ -33,6 +33,11 @@ class TileConfig(Record):
             operands (sm_90 on).
         persistent: Programs per SM that stay and stride over the tiles; 0 launches one per tile.
         order: In which order experts are worked off.
+        low_m: Rows of a tile of experts that have at most so many rows, in the same launch; 0 gives
+            every expert tiles of `block_m` rows.
+        split_k: Programs that share one tile's depth and add up what they find.
+        swap_ab: Whether a tile is computed transposed, so that columns of the weight stand on the
+            wide side of the matrix instruction.
     """
 
     block_m: Positive = 128
@@ -44,6 +49,9 @@ class TileConfig(Record):
     path: TilePath = "ptr"
     persistent: Count = 0
     order: ExpertOrder = "id"
+    low_m: Count = 0
+    split_k: Positive = 1
+    swap_ab: bool = False
 
 
 class LayerTiles(Record):

@@ -44,9 +44,8 @@ def test_a_whole_trial_is_judged_as_if_it_had_been_run_under_the_new_floors(
 ) -> None:
     floors = f"psnr>={mean:.3f},psnr_worst>={worst:.3f}"
     fresh = ended(scores, floors)
-    assert under(ended(scores, "psnr>=0"), floors) == fresh.model_copy(
-        update={"created_at": under(ended(scores, "psnr>=0"), floors).created_at}
-    )
+    judged = under(ended(scores, "psnr>=0"), floors)
+    assert judged == fresh.model_copy(update={"created_at": judged.created_at})
     assert not undecided(fresh)
 
 
