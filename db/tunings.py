@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ditune.db.moe import MoeShape, MoeTuning
+from ditune.db.moe import CpuTiles, MoeShape, MoeTuning
 from ditune.db.record import Digest, Record, Timestamp
 from ditune.db.records import Hardware, Software
-
-_COMPILED_BY = ("torch", "triton")  # other versions give other machine code
 
 
 class TunedLayer(Record):
@@ -20,7 +18,8 @@ class TunedLayer(Record):
 
     Args:
         hardware: What it was measured on or predicted for.
-        software: What it was tuned with; torch and triton have to be the same where it is used.
+        software: What it was tuned with; what the kernels are made of has to be the same where it
+            is used: torch for tiles of a CPU, triton for those of a GPU.
         kernels: Digest of the kernels' sources, which have to be the same too.
         tuning: The tiles.
         created_at: When.
@@ -34,12 +33,9 @@ class TunedLayer(Record):
 
     def differs(self, software: Software, kernels: str) -> str:
         """Return in what it was tuned otherwise, as words; empty where it holds."""
-        found = [
-            f"{name} {getattr(self.software, name) or 'none'} "
-            f"(here {getattr(software, name) or 'none'})"
-            for name in _COMPILED_BY
-            if getattr(self.software, name) != getattr(software, name)
-        ]
+        name = "torch" if isinstance(self.tuning.default, CpuTiles) else "triton"
+        then, here = getattr(self.software, name), getattr(software, name)
+        found = [f"{name} {then or 'none'} (here {here or 'none'})"] * (then != here)
         found += ["other kernels"] * (self.kernels != kernels)
         return ", ".join(found)
 

@@ -70,13 +70,21 @@ def test_the_newest_tuning_comes_first_in_the_store_and_without_it(database: Pat
     assert readonly.find_tunings(database.with_name("none.db"), HARDWARE) == []
 
 
-@pytest.mark.parametrize("version", ["torch", "triton"])
-def test_what_other_versions_compiled_is_not_used(version: str) -> None:
-    old = layer(32, software=SOFTWARE.model_copy(update={version: "1.0"}))
+@pytest.mark.parametrize(
+    ("version", "other", "default"),
+    [("torch", "triton", CpuTiles()), ("triton", "torch", LayerTiles())],
+)
+def test_what_other_versions_compiled_is_not_used(
+    version: str, other: str, default: CpuTiles | LayerTiles
+) -> None:
+    tuning = MoeTuning(shape=SHAPE, default=default)
+    old = layer(tuning=tuning, software=SOFTWARE.model_copy(update={version: "1.0"}))
     found, why = newest([old], SHAPE, SOFTWARE, KERNELS)
     assert found is None
     assert f"{version} 1.0 (here {getattr(SOFTWARE, version)})" in why
     assert newest([old, layer(64)], SHAPE, SOFTWARE, KERNELS) == (layer(64).tuning, "")
+    fitting = layer(tuning=tuning, software=SOFTWARE.model_copy(update={other: "1.0"}))
+    assert newest([fitting], SHAPE, SOFTWARE, KERNELS) == (tuning, "")
 
 
 def test_other_kernels_and_other_shapes_are_not_used() -> None:
