@@ -22,11 +22,21 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from ditune.db.errors import UsageFault
-from ditune.db.moe import ExpertOrder, TileConfig, TilePath
+from ditune.db.moe import (
+    ExpertOrder,
+    LayerTiles,
+    MoeChoice,
+    MoeShape,
+    MoeTuning,
+    TileConfig,
+    TilePath,
+)
 from ditune.kernels.reference import Experts, moe_reference
 from ditune.kernels.routing import Routing, route
+from ditune.kernels.routing_bucket import routing_bucket
 from ditune.kernels.triton_grouped_gemm import grouped_gemm
-from ditune.kernels.triton_moe import moe
+from ditune.kernels.triton_moe import moe, moe_triton
+from ditune.kernels.variants import Variant
 
 _WORKERS = 12
 _SIDE = 8192  # of the matrices whose product is the ceiling
@@ -75,6 +85,7 @@ class Shape:
 LARGE = Shape("4096 tokens", 4096, 64, 8, 3584, 2560)
 SMALL = Shape("128 tokens", 128, 64, 8, 3584, 2560)
 ROUTINGS = ("balanced", "best", "worst", "zipf")
+PATHS: tuple[TilePath, ...] = ("ptr", "tma_weights", "tma")
 
 
 def config(
@@ -102,14 +113,37 @@ def configurations(shape: Shape) -> list[TileConfig]:
         tiles = [(16, 128, 128, 4, 4), (16, 64, 128, 4, 5), (16, 128, 64, 4, 5)]
         tiles += [(32, 128, 128, 4, 4), (64, 128, 64, 4, 5), (16, 256, 64, 4, 5)]
     found = []
-    paths: tuple[TilePath, ...] = ("ptr", "tma_weights", "tma")
-    for tile, path, stays in itertools.product(tiles, paths, (0, 1)):
+    for tile, path, stays in itertools.product(tiles, PATHS, (0, 1)):
         found.append(config(tile, path=path, persistent=stays))
     best = config(tiles[0], path="tma_weights", persistent=1)
     found += [best.model_copy(update={"group_m": g}) for g in (1, 16, 32)]
     orders: tuple[ExpertOrder, ...] = ("desc", "interleave")
     found += [best.model_copy(update={"order": order}) for order in orders]
-    return found
+    return found + special(shape, tiles)
+
+
+def special(shape: Shape, tiles: list[tuple[int, int, int, int, int]]) -> list[TileConfig]:
+    """Return tiles of two heights, swapped operands and shared depth, where each may pay."""
+    if shape.tokens >= 1024:
+        changes: list[dict[str, object]] = [
+            {"low_m": 16},
+            {"low_m": 16, "swap_ab": True},
+            {"low_m": 16, "swap_ab": True, "path": "tma"},
+            {"split_k": 2},
+        ]
+        high = config(tiles[3], path="tma_weights")
+        return [high.model_copy(update=change) for change in changes]
+    swapped = [
+        config(tile, path=path).model_copy(update={"swap_ab": True})
+        for tile in tiles[:4]
+        for path in PATHS
+    ]
+    first = config(tiles[0])
+    return swapped + [
+        first.model_copy(update={"split_k": split, "swap_ab": swap})
+        for split in (2, 4)
+        for swap in (False, True)
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,20 +154,22 @@ class Inputs:
     packed: Tensor
     weight: Tensor
     routing: Routing
+    ones: Tensor
 
     @classmethod
     def of(cls, shape: Shape, routing: str, weight: Tensor) -> Inputs:
         """Draw tokens; rows are packed in advance for the path that needs it."""
         hidden = torch.randn(shape.tokens, shape.hidden, dtype=torch.bfloat16, device="cuda")
         routed = route(shape.indices(routing), shape.experts)
-        return cls(hidden, hidden[routed.slots // shape.top_k], weight, routed)
+        ones = hidden.new_ones(shape.rows)
+        return cls(hidden, hidden[routed.slots // shape.top_k], weight, routed, ones)
 
     def run(self, config: TileConfig) -> Tensor:
-        """Run our kernel."""
-        packed = config.path == "tma"
-        rows = self.packed if packed else self.hidden
-        found: Tensor = grouped_gemm(rows, self.weight, self.routing, config, packed=packed)
-        return found
+        """Run our kernel; packed rows are scaled, as in the second GEMM of a layer, by one."""
+        tiles = [Variant(config)]
+        if config.path == "tma":
+            return grouped_gemm(self.packed, self.weight, self.routing, tiles, self.ones)
+        return grouped_gemm(self.hidden, self.weight, self.routing, tiles)
 
     def loop(self) -> None:
         """Run one GEMM after the other; the counts are known to the host, which is generous."""
@@ -194,7 +230,10 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
                 {"shape": asdict(shape), "routing": routing, "config": c.model_dump(), "us": t}
                 for c, t in times.items()
             ]
-            _add(benchmark, f"{shape.name}, {routing}", inputs, times, ceiling)
+            name = f"{shape.name}, {routing}"
+            bad = len(configurations(shape)) - len(times)
+            benchmark.add(Row(f"{name}: configurations that fail", bad, "", "0", bad == 0))
+            _add(benchmark, name, inputs, times, ceiling)
         del weight, inputs
     _add_layer(benchmark)
     if arguments.json is not None:
@@ -251,13 +290,14 @@ def _add(
     lasted = {what: microseconds(work) for what, work in beside.items()}
     for what, us in lasted.items():
         benchmark.add(Row(f"{name}: {what}", us, "us"))
-    for path in ("ptr", "tma_weights", "tma"):
+    for path in PATHS:
         mine = {c: t for c, t in times.items() if c.path == path}
         if not mine:
             continue
         best = min(mine, key=lambda c: mine[c])
         tiles = f"{best.block_m}x{best.block_n}x{best.block_k} w{best.num_warps}"
         tiles += f" s{best.num_stages} g{best.group_m} p{best.persistent} {best.order}"
+        tiles += f" low{best.low_m} split{best.split_k} swap{int(best.swap_ab)}"
         benchmark.add(Row(f"{name}: {path}, {tiles}", mine[best], "us"))
         share = flops / mine[best] / 1e6 / ceiling
         benchmark.add(Row(f"{name}: {path} / ceiling", share, ""))
@@ -269,8 +309,41 @@ def _add(
     benchmark.add(Row(f"{name}: best", moved / min(times.values()) / 1e3, "GB/s at least"))
 
 
+def _layer_tiles(**fields: object) -> LayerTiles:
+    """Return the tiles of both GEMMs, with other values in some fields."""
+    up = config((128, 128, 64, 8, 4), path="tma_weights").model_copy(update=fields)
+    return LayerTiles(up=up, down=up.model_copy(update={"path": "tma"}))
+
+
+def _tuning(shape: Shape) -> tuple[MoeTuning, dict[str, LayerTiles]]:
+    """Return a tuning with tiles for each routing, and these by routing; all four kinds differ."""
+    chosen = {
+        "balanced": _layer_tiles(),
+        "best": _layer_tiles(block_n=256, num_stages=3),
+        "worst": _layer_tiles(low_m=16, swap_ab=True),
+        "zipf": _layer_tiles(persistent=1, order="desc"),
+    }
+    choices = tuple(
+        MoeChoice(
+            bucket=routing_bucket(shape.counts(routing), shape.tokens),
+            tiles=tiles,
+            status="predicted",
+            speedup=1.0,
+        )
+        for routing, tiles in chosen.items()
+    )
+    layer = MoeShape(
+        experts=shape.experts,
+        hidden=shape.hidden,
+        inner=shape.inner,
+        top_k=shape.top_k,
+        dtype="bfloat16",
+    )
+    return MoeTuning(shape=layer, default=LayerTiles(), choices=choices), chosen
+
+
 def _add_layer(benchmark: Benchmark) -> None:
-    """Time and check the whole layer."""
+    """Check and time the whole layer, and what it costs that the device chooses the tiles."""
     shape = LARGE
     down = torch.randn(
         shape.experts, shape.hidden, shape.inner, dtype=torch.bfloat16, device="cuda"
@@ -278,22 +351,22 @@ def _add_layer(benchmark: Benchmark) -> None:
     experts = Experts(weights(shape), down / shape.inner**0.5)
     hidden = torch.randn(shape.tokens, shape.hidden, dtype=torch.bfloat16, device="cuda")
     scale = torch.rand(shape.tokens, shape.top_k, dtype=torch.bfloat16, device="cuda")
-    up = config((128, 128, 64, 8, 4), path="tma_weights")
-    second = up.model_copy(update={"path": "tma"})
-    for routing in ("balanced", "zipf"):
+    tuning, chosen = _tuning(shape)
+    for routing, tiles in chosen.items():
         indices = shape.indices(routing)
-        found = moe(hidden, experts, indices, scale, up, second).float()
-        wanted = moe_reference(hidden, experts, indices, scale).float()
+        given = (hidden, experts, indices, scale)
+        wanted = moe_reference(*given).float()
+        found = moe_triton(*given, tuning).float()
         off = float((found - wanted).norm() / wanted.norm())
-        benchmark.add(Row(f"layer, {routing}: error", off, "", "<= 0.01", off <= 1e-2))
-        us = microseconds(partial(moe, hidden, experts, indices, scale, up, second))
-        benchmark.add(Row(f"layer, {routing}", us, "us"))
-        first = grouped_gemm(
-            hidden, experts.gate_up, route(indices, shape.experts), up, packed=False
-        )
-        assert bool(first.isfinite().all())
-        us = microseconds(partial(route, indices, shape.experts))
-        benchmark.add(Row(f"layer, {routing}: routing alone", us, "us"))
+        benchmark.add(Row(f"layer, {routing}, chosen: error", off, "", "<= 0.01", off <= 1e-2))
+        alone = microseconds(partial(moe, *given, tiles.up, tiles.down))
+        benchmark.add(Row(f"layer, {routing}, these tiles alone", alone, "us"))
+        us = microseconds(partial(moe_triton, *given, tuning))
+        benchmark.add(Row(f"layer, {routing}, chosen among four", us, "us"))
+        us = microseconds(partial(moe, *given, TileConfig(), TileConfig()))
+        benchmark.add(Row(f"layer, {routing}, default", us, "us"))
+    us = microseconds(partial(route, indices, shape.experts))
+    benchmark.add(Row(f"layer, {routing}: routing alone", us, "us"))
 
 
 if __name__ == "__main__":

@@ -56,8 +56,7 @@ def moe_reference(hidden: Tensor, experts: Experts, indices: Tensor, weights: Te
     Raises:
         UsageFault: Shapes, dtypes or devices do not fit together; the message names which.
     """
-    _check_experts(hidden, experts)
-    _check_routing(hidden, indices, weights)
+    check_layer(hidden, experts, indices, weights)
     accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     output = torch.zeros(hidden.shape, dtype=accumulate, device=hidden.device)
     for expert in range(experts.count):
@@ -74,6 +73,16 @@ def _expert(rows: Tensor, gate_up: Tensor, down: Tensor, dtype: torch.dtype) -> 
     """Return one expert's output for its rows, [rows, hidden] in `dtype`."""
     gate, up = (rows.to(dtype) @ gate_up.to(dtype).T).chunk(2, dim=-1)
     return (functional.silu(gate) * up) @ down.to(dtype).T
+
+
+def check_layer(hidden: Tensor, experts: Experts, indices: Tensor, weights: Tensor) -> None:
+    """Refuse a layer whose parts do not fit together, without a look at their values.
+
+    Raises:
+        UsageFault: Shapes, dtypes or devices do not fit together; the message names which.
+    """
+    _check_experts(hidden, experts)
+    _check_routing(hidden, indices, weights)
 
 
 def _check_experts(hidden: Tensor, experts: Experts) -> None:

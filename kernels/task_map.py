@@ -109,8 +109,6 @@ def build_task_map(
     block_m: int,
     block_n: int,
     order: ExpertOrder = "id",
-    *,
-    trusted: bool = False,
 ) -> TaskMap:
     """Return the task map of one grouped GEMM.
 
@@ -120,17 +118,15 @@ def build_task_map(
         block_m: Rows of a tile, >= 1.
         block_n: Columns of a tile, >= 1.
         order: In which order experts are worked off, see `expert_order`.
-        trusted: The counts come from `route`: they are not looked at.
 
     Returns:
         The map, its tensors on the device of `counts`. Synchronizes the device once, to refuse
-        negative counts, unless they are trusted.
+        negative counts.
 
     Raises:
         UsageFault: A size is below 1, or `counts` is no vector of whole numbers >= 0.
     """
-    if not trusted:
-        _check_counts(counts)
+    _check_counts(counts)
     for name, value in (("n", n), ("block_m", block_m), ("block_n", block_n)):
         if value < 1:
             raise UsageFault(f"{name} is {value}, but a tile needs at least one row and one column")

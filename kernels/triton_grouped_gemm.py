@@ -4,281 +4,230 @@ Three ways to the operands: "ptr" gathers rows and reads weights by pointers (an
 "tma_weights" reads weights through a tensor descriptor; "tma" reads packed rows that way too, for
 input that already lies expert by expert. Descriptors need sm_90.
 
-Source: arXiv 2501.16103 for one launch over ragged experts and the compressed task map.
+Which configuration is right may depend on the routing, which only the device knows. Then each is
+launched, and the one small kernel that counts the tiles of a launch counts none unless it is the
+one for this routing. The programs of the others return at once; nothing waits for the device.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ditune.db.errors import UsageFault
-from ditune.db.moe import TileConfig
+from ditune.db.moe import Dtype, TileConfig
+from ditune.kernels.gemm import Gemm
+from ditune.kernels.launch import constants, options
 from ditune.kernels.routing import Routing
-from ditune.kernels.task_map import build_task_map, grid_bound
+from ditune.kernels.task_map import expert_order, grid_bound
+from ditune.kernels.triton_tiles import count_tiles, finish_split, grouped_gemm_kernel
+from ditune.kernels.variants import Variant
 
-_BIGGEST = tl.constexpr(2**31 - 1)
-
-
-@triton.jit
-def _count_tiles(
-    rows_ptr, prefix_ptr, tiles_n, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr
-):
-    """Write the inclusive prefix sum of tiles, experts by id."""
-    expert = tl.arange(0, E_PAD)
-    here = expert < E
-    first = tl.load(rows_ptr + expert, mask=here, other=0)
-    last = tl.load(rows_ptr + expert + 1, mask=here, other=0)
-    tiles = (last - first + BLOCK_M - 1) // BLOCK_M * tiles_n
-    tl.store(prefix_ptr + expert, tl.cumsum(tiles, 0), mask=here)
+_DTYPES: dict[torch.dtype, Dtype] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+_MOST_PROGRAMS = 2**31 - 1
+_ELEMENTS = 1024  # of a program that works element by element
 
 
-@triton.jit
-def _find(
-    prefix_ptr, order_ptr, rows_ptr, pid, E: tl.constexpr, E_PAD: tl.constexpr, SORT: tl.constexpr
-):
-    """Return a program's expert, the number of its tile there, and the expert's first and last row.
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """What all launches of one grouped GEMM share."""
 
-    One load of the whole prefix, one comparison, two reductions: empty experts are equal neighbours
-    and are passed by together.
-    """
-    slots = tl.arange(0, E_PAD)
-    prefix = tl.load(prefix_ptr + slots, mask=slots < E, other=_BIGGEST)
-    done = prefix <= pid
-    slot = tl.sum(done.to(tl.int32), 0)
-    base = tl.max(tl.where(done, prefix, 0), 0)
-    expert = tl.load(order_ptr + slot) if SORT else slot.to(tl.int64)
-    first = tl.load(rows_ptr + expert)
-    last = tl.load(rows_ptr + expert + 1)
-    return expert, (pid - base).to(tl.int32), first, last
+    gemm: Gemm
+    rows: Tensor
+    weight: Tensor
+    out: Tensor
+    routing: Routing
+    scale: Tensor | None
 
-
-@triton.jit
-def _operand(source, at, row, k, deep, TMA: tl.constexpr, EVEN_K: tl.constexpr):
-    """Return one step's part of an operand; what is not needed for the path is dead code."""
-    if TMA:
-        value = source.load([row, k])
-    elif EVEN_K:
-        value = tl.load(source + at)
-    else:
-        value = tl.load(source + at, mask=deep, other=0.0)
-    return value
-
-
-@triton.jit
-def _tile(
-    x_ptr,
-    w_ptr,
-    out_ptr,
-    slots_ptr,
-    scale_ptr,
-    prefix_ptr,
-    order_ptr,
-    rows_ptr,
-    pid,
-    N,
-    K,
-    stride_x,
-    stride_w,
-    stride_out,
-    E: tl.constexpr,
-    E_PAD: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    GATHER: tl.constexpr,
-    SCALE: tl.constexpr,
-    TMA_X: tl.constexpr,
-    TMA_W: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SORT: tl.constexpr,
-):
-    expert, local, first, last = _find(prefix_ptr, order_ptr, rows_ptr, pid, E, E_PAD, SORT)
-    tiles_m = ((last - first + BLOCK_M - 1) // BLOCK_M).to(tl.int32)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    top = local // (GROUP_M * tiles_n) * GROUP_M
-    height = tl.minimum(tiles_m - top, GROUP_M)
-    rest = local % (GROUP_M * tiles_n)
-    row = first + (top + rest % height) * BLOCK_M
-    column = rest // height * BLOCK_N
-
-    rows = row + tl.arange(0, BLOCK_M)
-    inside = rows < last
-    columns = column + tl.arange(0, BLOCK_N)
-    depth = tl.arange(0, BLOCK_K)
-    source = tl.where(inside, rows, first)  # rows beyond the end read one that is there
-    if GATHER:
-        source = tl.load(slots_ptr + source) // TOP_K
-    x_at = source.to(tl.int64)[:, None] * stride_x + depth[None, :]
-    within = tl.where(columns < N, columns, 0)
-    w_at = (expert.to(tl.int64) * N + within)[:, None] * stride_w + depth[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        deep = depth[None, :] < K - k
-        x = _operand(x_ptr, x_at, row.to(tl.int32), k, deep, TMA_X, EVEN_K)
-        w = _operand(w_ptr, w_at, (expert * N + column).to(tl.int32), k, deep, TMA_W, EVEN_K)
-        acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
-        x_at += BLOCK_K
-        w_at += BLOCK_K
-    if SCALE:
-        slot = tl.load(slots_ptr + rows, mask=inside, other=0)
-        acc *= tl.load(scale_ptr + slot, mask=inside, other=0.0).to(tl.float32)[:, None]
-    out_at = out_ptr + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
-    result = acc.to(out_ptr.dtype.element_ty)
-    tl.store(out_at, result, mask=inside[:, None] & (columns < N)[None, :])
-
-
-@triton.jit
-def _grouped_gemm(
-    x_ptr,
-    w_ptr,
-    out_ptr,
-    slots_ptr,
-    scale_ptr,
-    prefix_ptr,
-    order_ptr,
-    rows_ptr,
-    N,
-    K,
-    stride_x,
-    stride_w,
-    stride_out,
-    E: tl.constexpr,
-    E_PAD: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    GATHER: tl.constexpr,
-    SCALE: tl.constexpr,
-    TMA_X: tl.constexpr,
-    TMA_W: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SORT: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-):
-    total = tl.load(prefix_ptr + E - 1).to(tl.int32)
-    pid = tl.program_id(0)
-    # fmt: off
-    if PERSISTENT:
-        for tile in tl.range(pid, total, tl.num_programs(0)):
-            _tile(x_ptr, w_ptr, out_ptr, slots_ptr, scale_ptr, prefix_ptr, order_ptr, rows_ptr,
-                  tile, N, K, stride_x, stride_w, stride_out, E, E_PAD, TOP_K, BLOCK_M, BLOCK_N,
-                  BLOCK_K, GROUP_M, GATHER, SCALE, TMA_X, TMA_W, EVEN_K, PRECISION, SORT)
-    elif pid < total:
-        _tile(x_ptr, w_ptr, out_ptr, slots_ptr, scale_ptr, prefix_ptr, order_ptr, rows_ptr,
-              pid, N, K, stride_x, stride_w, stride_out, E, E_PAD, TOP_K, BLOCK_M, BLOCK_N,
-              BLOCK_K, GROUP_M, GATHER, SCALE, TMA_X, TMA_W, EVEN_K, PRECISION, SORT)
-    # fmt: on
+    @property
+    def factors(self) -> Tensor:
+        """The scale, or anything where there is none."""
+        return self.routing.slots if self.scale is None else self.scale
 
 
 def grouped_gemm(
     rows: Tensor,
     weight: Tensor,
     routing: Routing,
-    config: TileConfig,
-    *,
-    packed: bool,
+    variants: Sequence[Variant],
     scale: Tensor | None = None,
 ) -> Tensor:
     """Return every routed row times the weight of its expert.
 
     Args:
-        rows: [tokens, k], of which each routed row reads its own, or packed already,
-            [tokens * top_k, k] in the order of `routing`; contiguous.
+        rows: With a scale, packed rows, [tokens * top_k, k] in the order of `routing`; without one,
+            tokens, [tokens, k], of which each routed row reads its own. Contiguous.
         weight: [experts, n, k], same dtype and device, contiguous.
         routing: Which rows belong to which expert.
-        config: Tiles and launch; the path "tma" needs packed rows.
-        packed: Whether the rows are.
-        scale: Factor on each (token, slot), [tokens * top_k]; None for none.
+        variants: Tiles and launch for each kind of routing; each kind is in exactly one.
+        scale: Factor on each (token, slot), [tokens * top_k].
 
     Returns:
         [tokens * top_k, n] in the order of `routing`, dtype of `rows`, accumulated in float32. Rows
-        of experts that are not here are left as they were allocated.
+        of experts that are not here are left as they were allocated. Where `split_k` is above 2,
+        parts are added in any order, and the last bits may differ from run to run.
 
     Raises:
-        UsageFault: The path needs packed rows and these are not.
+        UsageFault: A variant cannot compute this GEMM, here or at all; the message says why.
     """
-    if config.path == "tma" and not packed:
-        raise UsageFault(
-            'the path "tma" reads packed rows and these are tokens: use "tma_weights" or "ptr"'
-        )
+    _check_contiguous(rows, weight)
     experts, n, k = weight.shape
-    routed = routing.slots.numel()
-    out = rows.new_empty(routed, n)
-    if routed == 0:
-        return out
-    prefix, order = _tasks(routing, n, config)
-    grid = grid_bound(routed, experts, n, config.block_m, config.block_n)
-    if config.persistent:
-        grid = min(grid, config.persistent * _multiprocessors(rows.device))
-    tma_x, tma_w = config.path == "tma", config.path != "ptr"
-    x_shape, w_shape = [config.block_m, config.block_k], [config.block_n, config.block_k]
-    x = TensorDescriptor.from_tensor(rows, x_shape) if tma_x else rows
-    w = TensorDescriptor.from_tensor(weight.view(-1, k), w_shape) if tma_w else weight
-    _grouped_gemm[(grid,)](
-        x,
-        w,
-        out,
-        routing.slots,
-        scale if scale is not None else routing.slots,
-        prefix,
-        order,
-        routing.rows,
-        n,
-        k,
-        k,
-        k,
-        n,
-        E=experts,
-        E_PAD=triton.next_power_of_2(experts),
-        TOP_K=routing.top_k,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP_M=config.group_m,
-        GATHER=not packed,
-        SCALE=scale is not None,
-        TMA_X=tma_x,
-        TMA_W=tma_w,
-        EVEN_K=k % config.block_k == 0,
-        PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
-        SORT=config.order != "id",
-        PERSISTENT=config.persistent > 0,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    gemm = Gemm(experts, n, k, routing.top_k, dtype_name(rows), gather=scale is None)
+    out = rows.new_empty(routing.slots.numel(), n)
+    work = _Work(gemm, rows, weight, out, routing, scale)
+    grids = [_programs(work, variant.config) for variant in variants]  # refuses before any launch
+    if out.numel():
+        for variant, grid in zip(variants, grids, strict=True):
+            _launch(work, variant, grid)
     return out
 
 
-def _tasks(routing: Routing, n: int, config: TileConfig) -> tuple[Tensor, Tensor]:
-    """Return the prefix of tiles and the order of experts; in their own order by one launch."""
-    if config.order != "id":
-        tiles = build_task_map(
-            routing.counts, n, config.block_m, config.block_n, config.order, trusted=True
+def dtype_name(rows: Tensor) -> Dtype:
+    """Return the name of the dtype of rows.
+
+    Raises:
+        UsageFault: The kernels do not compute in it.
+    """
+    if rows.dtype not in _DTYPES:
+        raise UsageFault(
+            f"the kernels compute in {', '.join(_DTYPES.values())}, but this layer is "
+            f"{rows.dtype}; cast it, or use moe_reference"
         )
-        return tiles.prefix, tiles.order
-    experts = routing.counts.numel()
-    prefix = torch.empty_like(routing.counts)
-    _count_tiles[(1,)](
-        routing.rows,
+    return _DTYPES[rows.dtype]
+
+
+def _programs(work: _Work, config: TileConfig) -> int:
+    """Return the number of programs of a launch, after a look at what they would read."""
+    gemm = work.gemm
+    constants(gemm, config)
+    if config.path != "ptr":
+        _check_descriptors(work.rows, work.weight)
+    routed = work.routing.slots.numel()
+    most = grid_bound(routed, gemm.experts, gemm.n, config.block_m, config.block_n)
+    most *= config.split_k
+    if most > _MOST_PROGRAMS:
+        raise UsageFault(
+            f"{routed} rows in tiles of {config.block_m} by {config.block_n} need up to {most} "
+            f"programs, but a launch has {_MOST_PROGRAMS} at most: give the tokens in parts"
+        )
+    if config.persistent:
+        return min(most, config.persistent * _multiprocessors(work.rows.device))
+    return most
+
+
+def _launch(work: _Work, variant: Variant, programs: int) -> None:
+    """Launch one variant; its programs find no tile if the routing is not of its kinds."""
+    gemm, config, routing = work.gemm, variant.config, work.routing
+    fixed = constants(gemm, config)
+    prefix, order = _tasks(work, variant)
+    out = work.out
+    if config.split_k > 1:
+        out = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    x, low, w = _operands(work, config)
+    grouped_gemm_kernel[(programs,)](
+        x,
+        low,
+        w,
+        out,
+        routing.slots,
+        work.factors,
         prefix,
-        triton.cdiv(n, config.block_n),
-        E=experts,
-        E_PAD=triton.next_power_of_2(experts),
-        BLOCK_M=config.block_m,
+        order,
+        routing.rows,
+        gemm.n,
+        gemm.k,
+        gemm.k,
+        gemm.k,
+        gemm.n,
+        **fixed,
+        **options(config),
     )
-    return prefix, prefix
+    if config.split_k > 1:
+        finish_split[(out.shape[0], triton.cdiv(gemm.n, _ELEMENTS))](
+            out,
+            work.out,
+            routing.slots,
+            work.factors,
+            prefix,
+            routing.rows,
+            gemm.n,
+            E=gemm.experts,
+            SCALE=work.scale is not None,
+            BLOCK=_ELEMENTS,
+        )
+
+
+def _operands(work: _Work, config: TileConfig) -> tuple[object, object, object]:
+    """Return rows for tiles of full height, rows for low ones, and weights, as the path has it."""
+    x: object = work.rows
+    low: object = work.rows
+    w: object = work.weight
+    if config.path == "tma":
+        x = TensorDescriptor.from_tensor(work.rows, [config.block_m, config.block_k])
+        height = config.low_m or config.block_m
+        low = TensorDescriptor.from_tensor(work.rows, [height, config.block_k])
+    if config.path != "ptr":
+        flat = work.weight.view(-1, work.gemm.k)
+        w = TensorDescriptor.from_tensor(flat, [config.block_n, config.block_k])
+    return x, low, w
+
+
+def _tasks(work: _Work, variant: Variant) -> tuple[Tensor, Tensor]:
+    """Return the prefix of tiles and the order of experts, or anything for their own order."""
+    config, routing, fixed = variant.config, work.routing, constants(work.gemm, variant.config)
+    prefix = torch.empty_like(routing.counts)
+    order = expert_order(routing.counts, config.order) if fixed["SORT"] else prefix
+    count_tiles[(1,)](
+        routing.rows,
+        order,
+        prefix,
+        triton.cdiv(work.gemm.n, config.block_n),
+        variant.kinds,
+        E=fixed["E"],
+        E_PAD=fixed["E_PAD"],
+        BLOCK_M=config.block_m,
+        SORT=fixed["SORT"],
+    )
+    return prefix, order
+
+
+def _check_contiguous(rows: Tensor, weight: Tensor) -> None:
+    """Refuse operands with gaps or in another order: kernels count on rows of k elements."""
+    for name, tensor in (("rows", rows), ("weight", weight)):
+        if not tensor.is_contiguous():
+            raise UsageFault(
+                f"{name} {tuple(tensor.shape)} is not contiguous, its strides are "
+                f"{tensor.stride()}: call .contiguous() once, before the layer is used"
+            )
+
+
+def _check_descriptors(rows: Tensor, weight: Tensor) -> None:
+    """Refuse what no descriptor can be made of."""
+    if rows.device.type == "cuda" and _capability(rows.device) < 9:
+        raise UsageFault(
+            f"{torch.cuda.get_device_name(rows.device)} has no tensor descriptors (sm_90 and "
+            'later do): use the path "ptr"'
+        )
+    if rows.data_ptr() % 16 or weight.data_ptr() % 16:
+        raise UsageFault(
+            "rows or weight do not begin at a multiple of 16 bytes, which descriptors need: "
+            'use the path "ptr", or copies of them'
+        )
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 @functools.cache

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ditune.db.moe import TileConfig
-from ditune.kernels.reference import Experts
+from ditune.db.errors import UsageFault
+from ditune.db.moe import MoeShape, MoeTuning, TileConfig
+from ditune.kernels.reference import Experts, check_layer
 from ditune.kernels.routing import Routing, route
-from ditune.kernels.triton_grouped_gemm import grouped_gemm
+from ditune.kernels.triton_grouped_gemm import dtype_name, grouped_gemm
+from ditune.kernels.variants import Variant, variants
 
 _ELEMENTS = 1024  # of a program that works element by element
 
@@ -49,6 +53,35 @@ def _combine(
     tl.store(out_ptr + token * hidden + column, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+def moe_triton(
+    hidden: Tensor, experts: Experts, indices: Tensor, weights: Tensor, tuning: MoeTuning
+) -> Tensor:
+    """Return the output of a mixture-of-experts layer, each routing with the tiles found for it.
+
+    How many tokens there are is known here; how they are spread over the experts is found on the
+    device, which is not waited for: the call can be captured in a graph.
+
+    Args:
+        hidden: Tokens, [tokens, hidden].
+        experts: Packed weights, contiguous.
+        indices: Expert of each slot, [tokens, top_k]; see `moe_reference`.
+        weights: Routing weight of each slot, [tokens, top_k].
+        tuning: Tiles for this shape of layer.
+
+    Returns:
+        [tokens, hidden], see `moe`.
+
+    Raises:
+        UsageFault: The inputs do not fit together or to the tuning, or a configuration that the
+            tuning holds for these tokens cannot compute this layer.
+    """
+    check_layer(hidden, experts, indices, weights)
+    _check_shape(hidden, experts, indices, tuning.shape)
+    tokens = hidden.shape[0]
+    ups, downs = (variants(tuning, tokens, gemm) for gemm in ("up", "down"))
+    return _layer((hidden, experts, indices, weights), ups, downs)
+
+
 def moe(
     hidden: Tensor,
     experts: Experts,
@@ -64,17 +97,44 @@ def moe(
 
     Args:
         hidden: Tokens, [tokens, hidden].
-        experts: Packed weights.
+        experts: Packed weights, contiguous.
         indices: Expert of each slot, [tokens, top_k].
         weights: Routing weight of each slot, [tokens, top_k].
         up: Tiles of the first GEMM, which gathers its rows: its path may not be "tma".
         down: Tiles of the second.
+
+    Raises:
+        UsageFault: The inputs do not fit together, or a configuration cannot compute this layer.
     """
+    check_layer(hidden, experts, indices, weights)
+    return _layer((hidden, experts, indices, weights), (Variant(up),), (Variant(down),))
+
+
+def _layer(
+    given: tuple[Tensor, Experts, Tensor, Tensor],
+    ups: Sequence[Variant],
+    downs: Sequence[Variant],
+) -> Tensor:
+    """Run the layer; the variants of each GEMM share all kinds of routing out among them."""
+    hidden, experts, indices, weights = given
+    hidden = hidden.contiguous()
     routing = route(indices, experts.count)
-    first = grouped_gemm(hidden, experts.gate_up, routing, up, packed=False)
-    scale = weights.reshape(-1)
-    second = grouped_gemm(gated(first), experts.down, routing, down, packed=True, scale=scale)
+    first = grouped_gemm(hidden, experts.gate_up, routing, ups)
+    second = grouped_gemm(gated(first), experts.down, routing, downs, weights.reshape(-1))
     return combined(second, routing, hidden)
+
+
+def _check_shape(hidden: Tensor, experts: Experts, indices: Tensor, tuned: MoeShape) -> None:
+    """Refuse a tuning of another layer: its tiles would be right, but chosen for nothing."""
+    names = ("experts", "hidden", "inner", "top_k", "dtype")
+    wide, narrow = experts.down.shape[1:]
+    given = (experts.count, wide, narrow, indices.shape[1], dtype_name(hidden))
+    wanted = tuple(getattr(tuned, name) for name in names)
+    if given != wanted:
+        raise UsageFault(
+            f"the tuning is for ({', '.join(names)}) = {wanted}, but this layer is {given}: tune "
+            "this shape, or give a tuning of it that holds only the default"
+        )
 
 
 def gated(rows: Tensor) -> Tensor:
