@@ -1,0 +1,147 @@
+"""What the cost model knows of GPUs: peaks and sizes of some, and what a device was measured to do.
+
+Compute and bandwidth are data-sheet figures; the shares of them that kernels reach are guesses
+until `calibrated` puts measured ones in their place. Whether a figure was read in a data sheet or
+remembered stands beside the table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from ditune.db.errors import UsageFault
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One model of GPU, or one device after `calibrated`.
+
+    Args:
+        name: Short name in lower case.
+        cc: Compute capability as one number, 90 for 9.0.
+        sms: Streaming multiprocessors.
+        mhz: Boost clock.
+        teraflops: Dense bf16 peak with float32 accumulation.
+        gigabytes_per_s: Peak of the device memory.
+        l2_mb: Second-level cache, in 2^20 bytes.
+        sm_shared_bytes: Shared memory of one SM.
+        cta_shared_bytes: Most shared memory that one program may have.
+        sm_warps: Most warps that live on one SM.
+        dense_share: Share of `teraflops` that a large dense GEMM reaches.
+        copy_share: Share of `gigabytes_per_s` that a large copy reaches.
+        launch_us: What a kernel costs that does nothing.
+    """
+
+    name: str
+    cc: int
+    sms: int
+    mhz: float
+    teraflops: float
+    gigabytes_per_s: float
+    l2_mb: float
+    sm_shared_bytes: int
+    cta_shared_bytes: int
+    sm_warps: int
+    dense_share: float
+    copy_share: float = 0.92
+    launch_us: float = 2.5
+
+
+class DeviceProperties(Protocol):
+    """What is asked of a CUDA device; `torch.cuda.get_device_properties` has all of it."""
+
+    name: str
+    multi_processor_count: int
+    L2_cache_size: int
+    shared_memory_per_multiprocessor: int
+    shared_memory_per_block_optin: int
+
+
+_BIG = (228 * 1024, 232_448, 64)  # shared memory per SM and per program, warps per SM
+_SMALL = (100 * 1024, 101_376, 48)
+
+# Sources: A100, H100, H800 and L40S from data sheets, by memory; H20, B200 and RTX 4090 from public
+# specification pages; H100 and H200 agree with devices that were measured (798 and 803 dense
+# TFLOP/s). The share of the H20 is higher because power does not limit its clock.
+GPUS: dict[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100", 80, 108, 1410, 312.0, 2039, 40, 164 * 1024, 166_912, 64, 0.86),
+        Gpu("h100", 90, 132, 1830, 989.4, 3352, 50, *_BIG, 0.80),
+        Gpu("h800", 90, 132, 1830, 989.4, 3352, 50, *_BIG, 0.80),
+        Gpu("h20", 90, 78, 1830, 148.0, 4000, 60, *_BIG, 0.80 * 1.18),
+        Gpu("h200", 90, 132, 1830, 989.4, 4800, 50, *_BIG, 0.80),
+        Gpu("b200", 100, 148, 1850, 2250.0, 7700, 126, *_BIG, 0.70),
+        Gpu("l40s", 89, 142, 2520, 362.0, 864, 96, *_SMALL, 0.86),
+        Gpu("rtx4090", 89, 128, 2520, 165.2, 1008, 72, *_SMALL, 0.86),
+    )
+}
+
+
+def gpu_named(name: str) -> Gpu:
+    """Return a GPU of the table by its short name, case apart.
+
+    Raises:
+        UsageFault: The table has no such GPU.
+    """
+    found = GPUS.get(name.lower())
+    if found is None:
+        raise UsageFault(
+            f"the cost model has no GPU named {name!r}; it knows {', '.join(GPUS)}. Name the one "
+            "that is nearest, and put in what was measured on yours with `calibrated`"
+        )
+    return found
+
+
+def gpu_of_device(properties: DeviceProperties) -> Gpu:
+    """Return the GPU that a CUDA device is, with the sizes that the device itself reports.
+
+    A part of a GPU, or a variant with fewer SMs, gets its share of the peak compute; the bandwidth
+    of a variant is not known here: calibrate it.
+
+    Args:
+        properties: As `torch.cuda.get_device_properties` returns them.
+
+    Raises:
+        UsageFault: The device's name holds none of the table's names.
+    """
+    words = properties.name.lower().replace("rtx 4090", "rtx4090").replace("-", " ").split()
+    name = next((word for word in words if word in GPUS), properties.name)
+    gpu = gpu_named(name)
+    sms = properties.multi_processor_count
+    return replace(
+        gpu,
+        sms=sms,
+        teraflops=gpu.teraflops * sms / gpu.sms,
+        l2_mb=properties.L2_cache_size / 2**20,
+        sm_shared_bytes=properties.shared_memory_per_multiprocessor,
+        cta_shared_bytes=properties.shared_memory_per_block_optin,
+    )
+
+
+def calibrated(gpu: Gpu, teraflops: float, gigabytes_per_s: float, launch_us: float) -> Gpu:
+    """Return a GPU with what was measured on the device in place of guesses.
+
+    The peaks stay as they are: shares of the data sheet can still be told.
+
+    Args:
+        gpu: The GPU.
+        teraflops: Of a large dense bf16 GEMM, > 0.
+        gigabytes_per_s: Of a large copy, read and written bytes together, > 0.
+        launch_us: Time of a kernel that does nothing, >= 0.
+
+    Raises:
+        UsageFault: A figure cannot be a measurement.
+    """
+    if not (teraflops > 0 and gigabytes_per_s > 0 and launch_us >= 0):
+        raise UsageFault(
+            f"{teraflops} TFLOP/s, {gigabytes_per_s} GB/s and {launch_us} us per launch cannot "
+            "have been measured; time a large GEMM, a large copy and an empty kernel"
+        )
+    return replace(
+        gpu,
+        dense_share=teraflops / gpu.teraflops,
+        copy_share=gigabytes_per_s / gpu.gigabytes_per_s,
+        launch_us=launch_us,
+    )
