@@ -83,7 +83,7 @@ def _add_gemm(benchmark: Benchmark, name: str, gemm: Gemm, limit: int) -> None:
             raise UsageFault("; ".join(wrong))
         return Resources(found.registers, found.shared_bytes)
 
-    shipped = choose(gemm, [counts], GPU, compiled, limit).best[0]
+    shipped = choose(gemm, [[counts]], GPU, compiled, limit).best[0]
     dense = grid_best_us(Gemm(1, gemm.n, gemm.k, 1, gemm.dtype, gemm.gather), (rows,), GPU)
     moved = 2 * (gemm.experts * gemm.n * gemm.k + rows * (gemm.k + gemm.n))
     floor = max(dense, moved / (GPU.copy_share * GPU.gigabytes_per_s * 1e3))

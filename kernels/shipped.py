@@ -7,6 +7,7 @@ registers and shared memory go into the model anew, and what the compiler spoke 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,11 +21,11 @@ from ditune.kernels.tile_space import DEFAULT, Histogram, Sieved, sieve
 
 @dataclass(frozen=True)
 class Shipped:
-    """What computes one histogram.
+    """What computes one group of histograms.
 
     Args:
         config: The tiles.
-        us: Predicted time, with the resources of the compiled kernel.
+        us: Predicted time, the mean over the group, with the resources of the compiled kernel.
         default_us: The same of the default tiles; infinite where they did not compile well.
         resources: Of the compiled kernel.
     """
@@ -40,7 +41,7 @@ class Chosen:
     """What came out of sieve and compiler.
 
     Args:
-        best: One per histogram, in their order.
+        best: One per group, in their order.
         dropped: Configurations that the compiler spoke against, and why.
         sieved: What was compiled, and how many each filter left.
     """
@@ -52,16 +53,18 @@ class Chosen:
 
 def choose(
     gemm: Gemm,
-    histograms: Sequence[Histogram],
+    groups: Sequence[Sequence[Histogram]],
     gpu: Gpu,
     compiled: Callable[[TileConfig], Resources],
     limit: int = 40,
 ) -> Chosen:
-    """Return the best compiled configuration for each histogram.
+    """Return the best compiled configuration for each group of histograms.
 
     Args:
         gemm: Its shape.
-        histograms: Rows of each expert, one tuple per kind of routing, each with rows.
+        groups: Rows of each expert, one tuple per routing, each with rows. Those of a group are
+            computed alike: their configuration loses the least, in the mean of predicted time over
+            the best time of each.
         gpu: Where it will run.
         compiled: Compiles the GEMM with a configuration for that GPU and returns what a program
             needs; raises `UsageFault` where the kernel is refused, spills, or has slower
@@ -71,6 +74,7 @@ def choose(
     Raises:
         UsageFault: A histogram has no rows, nothing of the grid fits, or nothing compiled well.
     """
+    histograms = [counts for group in groups for counts in group]
     if not all(any(counts) for counts in histograms):
         raise UsageFault("a histogram has no rows; leave it out, nothing is computed for it")
     sieved = sieve(gemm, histograms, gpu, limit)
@@ -91,14 +95,23 @@ def choose(
             f"none of {len(dropped)} configurations compiled well for {gpu.name}; the first: "
             f"{next(iter(dropped.values()))}"
         )
-    best = tuple(_best(gemm, counts, gpu, good) for counts in histograms)
+    best = tuple(_best(gemm, group, gpu, good) for group in groups)
     return Chosen(best, dropped, sieved)
 
 
 def _best(
-    gemm: Gemm, counts: Histogram, gpu: Gpu, compiled: dict[TileConfig, Resources]
+    gemm: Gemm, group: Sequence[Histogram], gpu: Gpu, compiled: dict[TileConfig, Resources]
 ) -> Shipped:
-    """Return the fastest one; of equals, the first as the sieve ranked them."""
-    times = {c: predict(gemm, counts, c, gpu, found).us for c, found in compiled.items()}
-    config = min(times, key=times.__getitem__)
-    return Shipped(config, times[config], times.get(DEFAULT, math.inf), compiled[config])
+    """Return the one that loses least; of equals, the first as the sieve ranked them."""
+    times = {
+        config: [predict(gemm, counts, config, gpu, found).us for counts in group]
+        for config, found in compiled.items()
+    }
+    least = [min(column) for column in zip(*times.values(), strict=True)]
+
+    def loss(config: TileConfig) -> float:
+        return statistics.fmean(us / best for us, best in zip(times[config], least, strict=True))
+
+    config = min(times, key=loss)
+    default_us = statistics.fmean(times[DEFAULT]) if DEFAULT in times else math.inf
+    return Shipped(config, statistics.fmean(times[config]), default_us, compiled[config])
