@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ditune.db.errors import UsageFault
+from ditune.db.records import Hardware
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Gpu:
         sm_shared_bytes: Shared memory of one SM.
         cta_shared_bytes: Most shared memory that one program may have.
         sm_warps: Most warps that live on one SM.
+        memory_gib: Device memory.
         dense_share: Share of `teraflops` that a large dense GEMM reaches.
         copy_share: Share of `gigabytes_per_s` that a large copy reaches.
         launch_us: What a kernel costs that does nothing.
@@ -43,6 +45,7 @@ class Gpu:
     sm_shared_bytes: int
     cta_shared_bytes: int
     sm_warps: int
+    memory_gib: int
     dense_share: float
     copy_share: float = 0.92
     launch_us: float = 2.5
@@ -67,14 +70,14 @@ _SMALL = (100 * 1024, 101_376, 48)
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 80, 108, 1410, 312.0, 2039, 40, 164 * 1024, 166_912, 64, 0.86),
-        Gpu("h100", 90, 132, 1830, 989.4, 3352, 50, *_BIG, 0.80),
-        Gpu("h800", 90, 132, 1830, 989.4, 3352, 50, *_BIG, 0.80),
-        Gpu("h20", 90, 78, 1830, 148.0, 4000, 60, *_BIG, 0.80 * 1.18),
-        Gpu("h200", 90, 132, 1830, 989.4, 4800, 50, *_BIG, 0.80),
-        Gpu("b200", 100, 148, 1850, 2250.0, 7700, 126, *_BIG, 0.70),
-        Gpu("l40s", 89, 142, 2520, 362.0, 864, 96, *_SMALL, 0.86),
-        Gpu("rtx4090", 89, 128, 2520, 165.2, 1008, 72, *_SMALL, 0.86),
+        Gpu("a100", 80, 108, 1410, 312.0, 2039, 40, 164 * 1024, 166_912, 64, 80, 0.86),
+        Gpu("h100", 90, 132, 1830, 989.4, 3352, 50, *_BIG, 80, 0.80),
+        Gpu("h800", 90, 132, 1830, 989.4, 3352, 50, *_BIG, 80, 0.80),
+        Gpu("h20", 90, 78, 1830, 148.0, 4000, 60, *_BIG, 96, 0.80 * 1.18),
+        Gpu("h200", 90, 132, 1830, 989.4, 4800, 50, *_BIG, 141, 0.80),
+        Gpu("b200", 100, 148, 1850, 2250.0, 7700, 126, *_BIG, 180, 0.70),
+        Gpu("l40s", 89, 142, 2520, 362.0, 864, 96, *_SMALL, 48, 0.86),
+        Gpu("rtx4090", 89, 128, 2520, 165.2, 1008, 72, *_SMALL, 24, 0.86),
     )
 }
 
@@ -92,6 +95,18 @@ def gpu_named(name: str) -> Gpu:
             "that is nearest, and put in what was measured on yours with `calibrated`"
         )
     return found
+
+
+def any_device(gpu: Gpu) -> Hardware:
+    """Return what tiles are stored under that nobody timed: any device of a model of the table."""
+    model = GPUS[gpu.name]
+    return Hardware(
+        device_name=f"any {model.name}",
+        kind="cuda",
+        capability=f"{model.cc // 10}.{model.cc % 10}",
+        cores=model.sms,
+        memory_bytes=model.memory_gib * 2**30,
+    )
 
 
 def gpu_of_device(properties: DeviceProperties) -> Gpu:

@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
+
 from ditune.db.errors import UsageFault
-from ditune.db.moe import MoeChoice, MoeShape, MoeTuning, RoutingBucket
+from ditune.db.moe import MoeChoice, MoeShape, RoutingBucket
 from ditune.kernels.histograms import Kind, histogram
 from ditune.kernels.routing_bucket import routing_bucket
 
 Progress = Callable[[str], None]
+_COUNTS = TypeAdapter(list[NonNegativeInt])
 
 
 @dataclass(frozen=True)
@@ -92,18 +95,21 @@ def read_routings(path: Path, shape: MoeShape) -> tuple[Routed, ...]:
 
 
 def _routed(name: str, counts: object, shape: MoeShape) -> Routed:
-    whole = isinstance(counts, list) and all(type(c) is int and c >= 0 for c in counts)
-    if not whole or len(counts) != shape.experts:  # type: ignore[arg-type]
+    try:
+        rows = _COUNTS.validate_python(counts, strict=True)
+    except ValidationError:
+        rows = []
+    if len(rows) != shape.experts:
         raise UsageFault(
             f"routing {name!r} must be {shape.experts} whole numbers >= 0, the rows of each expert"
         )
-    rows = sum(counts)  # type: ignore[arg-type]
-    if rows == 0 or rows % shape.top_k:
+    total = sum(rows)
+    if total == 0 or total % shape.top_k or max(rows) > total // shape.top_k:
         raise UsageFault(
-            f"routing {name!r} has {rows} rows, which is no positive multiple of {shape.top_k}, "
-            "the experts of each token: count all rows of one call"
+            f"routing {name!r} has {total} rows, the most {max(rows)} on one expert: no tokens "
+            f"with {shape.top_k} different experts each have these; count all rows of one call"
         )
-    return Routed(name, rows // shape.top_k, tuple(counts))  # type: ignore[arg-type]
+    return Routed(name, total // shape.top_k, tuple(rows))
 
 
 def by_bucket(routed: Sequence[Routed]) -> dict[RoutingBucket, tuple[Routed, ...]]:
@@ -119,10 +125,3 @@ def by_tokens(routed: Sequence[Routed]) -> Iterator[dict[RoutingBucket, tuple[Ro
     buckets = by_bucket(routed)
     for tokens in dict.fromkeys(bucket.tokens for bucket in buckets):
         yield {bucket: group for bucket, group in buckets.items() if bucket.tokens == tokens}
-
-
-def tuning_of(shape: MoeShape, default: MoeTuning, found: Sequence[Tuned]) -> MoeTuning:
-    """Return what was found as it is stored."""
-    return MoeTuning(
-        shape=shape, default=default.default, choices=tuple(each.choice for each in found)
-    )

@@ -121,6 +121,6 @@ def test_a_routing_without_rows_is_refused() -> None:
 
 
 def test_a_gpu_that_fits_nothing_is_said_so() -> None:
-    tiny = Gpu("tiny", 80, 1, 1000, 1.0, 100, 1, 4096, 2048, 64, 0.9)
+    tiny = Gpu("tiny", 80, 1, 1000, 1.0, 100, 1, 4096, 2048, 64, 1, 0.9)
     with pytest.raises(UsageFault, match="no tile of the grid fits"):
         sieve(UP, [(128,) * 64], tiny)
