@@ -151,3 +151,9 @@ class MoeTuning(Record):
     def tiles(self, bucket: RoutingBucket) -> Tiles:
         """Return what computes a bucket of routings."""
         return next((c.tiles for c in self.choices if c.bucket == bucket), self.default)
+
+    def and_of(self, other: MoeTuning) -> MoeTuning:
+        """Return this tuning with another's choices for the buckets that this one lacks."""
+        mine = {choice.bucket for choice in self.choices}
+        more = tuple(choice for choice in other.choices if choice.bucket not in mine)
+        return self.model_copy(update={"choices": self.choices + more})

@@ -47,6 +47,15 @@ def test_a_bucket_that_nobody_tuned_has_the_default_not_its_neighbour() -> None:
         assert tuning.tiles(BUCKET.model_copy(update={field: value})) == tuning.default
 
 
+def test_a_tuning_takes_from_another_what_it_lacks() -> None:
+    other = CHOICE.model_copy(update={"bucket": BUCKET.model_copy(update={"tokens": 512})})
+    again = CHOICE.model_copy(update={"tiles": CpuTiles(rows=16)})
+    older = MoeTuning(shape=SHAPE, default=CpuTiles(rows=1024), choices=(again, other))
+    found = layer().tuning.and_of(older)
+    assert found.choices == (CHOICE, other)
+    assert found.default == layer().tuning.default
+
+
 def test_buckets_end_at_powers_of_two_and_have_one_choice() -> None:
     with pytest.raises(ValidationError, match="power of two"):
         RoutingBucket(tokens=100, skew="even", active=0)
