@@ -45,11 +45,17 @@ def lookup(
         CorruptData: The database is damaged or too new.
         UsageFault: `db` names a server: the run time reads files only.
     """
-    path = _file(db) if db is not None else default_database()
-    return find(path, hardware, software or installed_software(), workload, tier)
+    return find(database_file(db), hardware, software or installed_software(), workload, tier)
 
 
-def _file(db: str | Path) -> Path:
+def database_file(db: str | Path | None) -> Path:
+    """Return the SQLite file that a user's choice names; the default one for None.
+
+    Raises:
+        UsageFault: It names a server: the run time reads files only.
+    """
+    if db is None:
+        return default_database()
     text = str(db)
     if text.startswith("sqlite:///"):
         return Path(text.removeprefix("sqlite:///"))

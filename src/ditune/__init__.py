@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ditune import miniature as miniature
     from ditune.accel.apply import accelerate as accelerate
+    from ditune.accel.experts import accelerate_experts as accelerate_experts
     from ditune.accel.fingerprint import detect as detect
     from ditune.accel.lookup import lookup as lookup
     from ditune.db.policy import Policy as Policy
@@ -22,6 +23,7 @@ __all__ = [
     "Policy",
     "__version__",
     "accelerate",
+    "accelerate_experts",
     "detect",
     "lookup",
     "miniature",
@@ -34,6 +36,7 @@ _PUBLIC = {  # name -> where it lives; loaded on first use
     "Match": "ditune.db.records",
     "Policy": "ditune.db.records",
     "accelerate": "ditune.accel.apply",
+    "accelerate_experts": "ditune.accel.experts",
     "detect": "ditune.accel.fingerprint",
     "lookup": "ditune.accel.lookup",
     "profile": "ditune.profiler.record",

@@ -1,0 +1,1 @@
+"""How the kernels take the place of the experts in models of transformers and diffusers."""

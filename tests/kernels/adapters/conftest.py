@@ -1,0 +1,16 @@
+"""Tiny models with experts, one after the other."""
+
+from __future__ import annotations
+
+import pytest
+from tests.kernels.adapters.models import MODELS, Model, stand_in
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch)
+
+
+@pytest.fixture(params=MODELS)
+def tiny(request: pytest.FixtureRequest) -> Model:
+    return MODELS[request.param]
