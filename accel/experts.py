@@ -6,11 +6,12 @@ tuning that is stored for its shape on this hardware, or the defaults, after a t
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import nn
@@ -21,10 +22,12 @@ from ditune.accel.lookup import database_file
 from ditune.db.errors import DituneError, UsageFault
 from ditune.db.moe import MoeShape, MoeTuning
 from ditune.db.readonly import find_tunings
+from ditune.db.records import Hardware
 from ditune.db.tunings import TunedLayer, newest
 from ditune.kernels.adapters import layers
 from ditune.kernels.adapters.layers import FoundLayer, RefusedLayer
 from ditune.kernels.digest import kernels_digest
+from ditune.kernels.hardware import DeviceProperties, any_device, gpu_of_device
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class ExpertLayer:
     @property
     def words(self) -> str:
         """Everything but the name, as words."""
-        what = self.kind if self.shape is None else f"{self.kind}, {_described(self.shape)}"
+        what = self.kind if self.shape is None else f"{self.kind}, {self.shape.words}"
         if not self.attached:
             return f"{what}: left as it is: {self.reason}"
         how = "tuned tiles" if self.tuned else f"default tiles: {self.reason}"
@@ -134,7 +137,7 @@ class _Tunings:
 
     def __init__(self, db: str | Path | None) -> None:
         self._db = db
-        self._stored: dict[torch.device, list[TunedLayer] | str] = {}
+        self._stored: dict[torch.device, list[list[TunedLayer]] | str] = {}
 
     def of(self, layer: FoundLayer) -> tuple[MoeTuning | None, str]:
         """Return a layer's tuning, or None and why there is none."""
@@ -144,17 +147,35 @@ class _Tunings:
         stored = self._stored[device]
         if isinstance(stored, str):
             return None, stored
-        return newest(stored, layer.shape, fingerprint.software(), kernels_digest())
+        versions, kernels = fingerprint.software(), kernels_digest()
+        found = [newest(layers, layer.shape, versions, kernels) for layers in stored]
+        known = [tuning for tuning, _ in found if tuning is not None]
+        if not known:
+            return None, found[0][1]
+        return functools.reduce(MoeTuning.and_of, known), ""
 
-    def _read(self, device: torch.device) -> list[TunedLayer] | str:
-        """Return the tunings for a device, or why there are none to be had."""
+    def _read(self, device: torch.device) -> list[list[TunedLayer]] | str:
+        """Return the tunings for a device, then those for any of its model, or why there are none.
+
+        What was timed on the device itself goes before what was predicted for its model.
+        """
         try:
             path = database_file(self._db)
             if not path.exists():
                 return f"nothing was tuned yet: {path} does not exist"
-            return find_tunings(path, fingerprint.hardware(device))
+            return [find_tunings(path, hardware) for hardware in _hardware(device)]
         except DituneError as fault:  # a damaged store must not stop a generation
             return str(fault)
+
+
+def _hardware(device: torch.device) -> list[Hardware]:
+    """Return under what tunings for a device may be stored."""
+    found = [fingerprint.hardware(device)]
+    if device.type == "cuda":
+        properties = cast(DeviceProperties, torch.cuda.get_device_properties(device))
+        with suppress(UsageFault):  # the table does not have every GPU
+            found.append(any_device(gpu_of_device(properties)))
+    return found
 
 
 def accelerate_experts(model: nn.Module, *, db: str | Path | None = None) -> AppliedExperts:
@@ -197,10 +218,3 @@ def _require_attachable(model: nn.Module, found: list[FoundLayer | RefusedLayer]
             "this model's weights are moved in groups while it runs, and the kernels read them all "
             "at once: attach without enable_group_offload()"
         )
-
-
-def _described(shape: MoeShape) -> str:
-    return (
-        f"{shape.experts} experts of {shape.hidden} to {shape.inner}, {shape.top_k} per token, "
-        f"{shape.dtype}"
-    )

@@ -95,6 +95,14 @@ class MoeShape(Record):
     top_k: Positive
     dtype: Dtype
 
+    @property
+    def words(self) -> str:
+        """The shape as words."""
+        return (
+            f"{self.experts} experts of {self.hidden} to {self.inner}, {self.top_k} per token, "
+            f"{self.dtype}"
+        )
+
 
 class RoutingBucket(Record):
     """Routings that are computed alike.

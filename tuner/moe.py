@@ -13,10 +13,16 @@ from pathlib import Path
 
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
+from ditune.accel.versions import software
 from ditune.db.errors import UsageFault
-from ditune.db.moe import MoeChoice, MoeShape, RoutingBucket
+from ditune.db.moe import CpuTiles, LayerTiles, MoeChoice, MoeShape, MoeTuning, RoutingBucket
+from ditune.db.records import Hardware
+from ditune.db.tuning_rows import MoeTunings
+from ditune.db.tunings import TunedLayer, newest
+from ditune.kernels.digest import kernels_digest
 from ditune.kernels.histograms import Kind, histogram
 from ditune.kernels.routing_bucket import routing_bucket
+from ditune.tuner.verdict import now
 
 Progress = Callable[[str], None]
 _COUNTS = TypeAdapter(list[NonNegativeInt])
@@ -125,3 +131,31 @@ def by_tokens(routed: Sequence[Routed]) -> Iterator[dict[RoutingBucket, tuple[Ro
     buckets = by_bucket(routed)
     for tokens in dict.fromkeys(bucket.tokens for bucket in buckets):
         yield {bucket: group for bucket, group in buckets.items() if bucket.tokens == tokens}
+
+
+def keep(tunings: MoeTunings, hardware: Hardware, shape: MoeShape, found: Sequence[Tuned]) -> None:
+    """Store what was found for a shape, with what is known of other buckets and still holds.
+
+    Args:
+        tunings: Of a database.
+        hardware: What it was found for.
+        shape: Of the layer.
+        found: At least one.
+    """
+    on_cpu = isinstance(found[0].choice.tiles, CpuTiles)
+    tuning = MoeTuning(
+        shape=shape,
+        default=CpuTiles() if on_cpu else LayerTiles(),
+        choices=tuple(each.choice for each in found),
+    )
+    versions, kernels = software(), kernels_digest()
+    older, _ = newest(tunings.of(hardware), shape, versions, kernels)
+    tunings.save(
+        TunedLayer(
+            hardware=hardware,
+            software=versions,
+            kernels=kernels,
+            tuning=tuning if older is None else tuning.and_of(older),
+            created_at=now(),
+        )
+    )

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -84,8 +84,9 @@ def _built(path: Path, config: dict[str, Any]) -> nn.Module | None:
     with torch.device("meta"):
         if name := config.get("_class_name"):
             kind = getattr(diffusers, name, None)
-            is_model = isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)
-            return kind.from_config(config) if is_model else None
+            if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+                return None
+            return cast(nn.Module, kind.from_config(config))
         if "model_type" in config:
             found: nn.Module = AutoModel.from_config(AutoConfig.from_pretrained(path.parent))
             return found

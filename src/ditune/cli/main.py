@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ditune import __version__
-from ditune.cli import bench, curve, database, doctor, policy, profile, report, run, worker
+from ditune.cli import bench, curve, database, doctor, moe, policy, profile, report, run, worker
 from ditune.db.errors import DituneError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("run")(run.run)
 app.command("profile")(profile.profile)
 app.command("worker")(worker.worker)
 app.command("curve")(curve.curve)
+app.command("moe")(moe.moe)
 app.command("bench")(bench.bench)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
