@@ -86,7 +86,7 @@ def _built(path: Path, config: dict[str, Any]) -> nn.Module | None:
             kind = getattr(diffusers, name, None)
             if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
                 return None
-            return cast(nn.Module, kind.from_config(config))
+            return cast(nn.Module, cast(Any, kind).from_config(config))
         if "model_type" in config:
             found: nn.Module = AutoModel.from_config(AutoConfig.from_pretrained(path.parent))
             return found
