@@ -56,8 +56,7 @@ def moe_reference(hidden: Tensor, experts: Experts, indices: Tensor, weights: Te
     Raises:
         UsageFault: Shapes, dtypes or devices do not fit together; the message names which.
     """
-    _check_experts(hidden, experts)
-    _check_routing(hidden, indices, weights)
+    check_layer(hidden, experts, indices, weights)
     accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     output = torch.zeros(hidden.shape, dtype=accumulate, device=hidden.device)
     for expert in range(experts.count):
@@ -68,6 +67,16 @@ def moe_reference(hidden: Tensor, experts: Experts, indices: Tensor, weights: Te
         # index_add_, not assignment: a token may have one expert in two slots
         output.index_add_(0, token, rows * weights[token, slot, None].to(accumulate))
     return output.to(hidden.dtype)
+
+
+def check_layer(hidden: Tensor, experts: Experts, indices: Tensor, weights: Tensor) -> None:
+    """Refuse arguments of `moe_reference` that do not fit together, as every implementation does.
+
+    Raises:
+        UsageFault: Shapes, dtypes or devices; the message names which.
+    """
+    _check_experts(hidden, experts)
+    _check_routing(hidden, indices, weights)
 
 
 def _expert(rows: Tensor, gate_up: Tensor, down: Tensor, dtype: torch.dtype) -> Tensor:
