@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from ditune.kernels.routing import Routing, route
 from ditune.kernels.routing_bucket import routing_bucket
 from ditune.kernels.task_map import ceil_div, expert_order
 
-_COMBINED = 256  # tokens whose rows are summed at a time, so that the sums are still in the cache
+_COMBINED = 256  # tokens whose rows are summed at a time: the sums are still in the cache
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class _Layer:
         up: First weight of each expert, [hidden, 2 * inner].
         down: Second weight of each expert, [inner, hidden].
         tokens: Token of each row.
-        rows: Rows of the highest tile.
+        height: Rows of the highest tile.
         outputs: [rows, hidden], written tile by tile.
     """
 
@@ -138,13 +139,118 @@ class _Layer:
     up: tuple[Tensor, ...]
     down: tuple[Tensor, ...]
     tokens: Tensor
-    rows: int
+    height: int
     outputs: Tensor
 
-    def fused(self, share: Iterable[Tile]) -> None:
+    def whole(self, share: Iterable[Tile]) -> None:
         """Compute tiles from tokens to outputs."""
-        gated = self.hidden.new_empty(self.rows, self.down[0].shape[0])
-        first = self.first(gated, packed=False)
+        gated = self.hidden.new_empty(self.height, self.down[0].shape[0])
+        scratch = self._scratch()
         for tile in share:
-            first(tile)
-            self.second(tile, gated[: tile.end - tile.begin])
+            rows = gated[: tile.end - tile.begin]
+            self._first(tile, scratch, rows)
+            self._second(tile, rows)
+
+    def first_half(self, share: Iterable[Tile], gated: Tensor) -> None:
+        """Compute tiles from tokens to rows behind the gate, [rows, inner]."""
+        scratch = self._scratch()
+        for tile in share:
+            self._first(tile, scratch, gated[tile.begin : tile.end])
+
+    def second_half(self, share: Iterable[Tile], gated: Tensor) -> None:
+        """Compute tiles from rows behind the gate to outputs."""
+        for tile in share:
+            self._second(tile, gated[tile.begin : tile.end])
+
+    def _scratch(self) -> tuple[Tensor, Tensor]:
+        """Return room for the tokens of a tile and for their gate and up values."""
+        both = self.up[0].shape[1]
+        return (
+            self.hidden.new_empty(self.height, self.hidden.shape[1]),
+            self.hidden.new_empty(self.height, both),
+        )
+
+    def _first(self, tile: Tile, scratch: tuple[Tensor, Tensor], gated: Tensor) -> None:
+        rows, both = (room[: tile.end - tile.begin] for room in scratch)
+        torch.index_select(self.hidden, 0, self.tokens[tile.begin : tile.end], out=rows)
+        torch.mm(rows, self.up[tile.expert], out=both)
+        gate, up = both.chunk(2, dim=1)
+        torch.mul(functional.silu(gate, inplace=True), up, out=gated)
+
+    def _second(self, tile: Tile, gated: Tensor) -> None:
+        torch.mm(gated, self.down[tile.expert], out=self.outputs[tile.begin : tile.end])
+
+
+@torch.no_grad()
+def _computed(
+    hidden: Tensor,
+    experts: Experts,
+    routing: Routing,
+    weights: Tensor,
+    tiles: CpuTiles,
+    pool: Pool,
+) -> Tensor:
+    """Return the output of a layer whose arguments were looked at."""
+    if hidden.device.type != "cpu":
+        raise UsageFault(f"tiles for a CPU cannot compute on {hidden.device}; bring the layer here")
+    counts = routing.counts.tolist()
+    here = sum(counts)
+    pieces = cut(counts, tiles)
+    layer = _Layer(
+        hidden,
+        _by_expert(experts.gate_up, prepacked=tiles.prepacked),
+        _by_expert(experts.down, prepacked=tiles.prepacked),
+        routing.slots // routing.top_k,
+        max((tile.end - tile.begin for expert in pieces for tile in expert), default=0),
+        hidden.new_empty(here + 1, hidden.shape[1]),
+    )
+    layer.outputs[here] = 0.0  # the row of all slots whose experts are elsewhere
+    if tiles.fused:
+        pool.run(layer.whole, deal(pieces, tiles.mapping, pool.size))
+    else:
+        gated = hidden.new_empty(here, experts.down.shape[2])
+        for half in (layer.first_half, layer.second_half):
+            pool.run(partial(half, gated=gated), deal(pieces, tiles.mapping, pool.size))
+    return _combined(layer.outputs, routing, weights, pool)
+
+
+def _combined(outputs: Tensor, routing: Routing, weights: Tensor, pool: Pool) -> Tensor:
+    """Return the weighted sum of each token's rows; the last row is zero, for all that are none."""
+    none = outputs.shape[0] - 1
+    places = routing.places.reshape(-1, routing.top_k)
+    scale = weights.to(outputs.dtype)
+    if none < places.numel():
+        scale = torch.where(places < none, scale, 0.0)  # their weights may be anything
+        places = places.clamp(max=none)
+    tokens = places.shape[0]
+    result = outputs.new_empty(tokens, outputs.shape[1])
+
+    def add_up(share: range) -> None:
+        for begin in share:
+            part = slice(begin, min(begin + _COMBINED, tokens))
+            result[part] = functional.embedding_bag(
+                places[part], outputs, mode="sum", per_sample_weights=scale[part]
+            )
+
+    blocks = range(0, tokens, _COMBINED)
+    pool.run(add_up, [blocks[first :: pool.size] for first in range(pool.size)])
+    return result
+
+
+_PACKED: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> its version, its copy
+
+
+def _by_expert(weight: Tensor, *, prepacked: bool) -> tuple[Tensor, ...]:
+    """Return each expert's weight as the right operand of a GEMM, [in, out].
+
+    A prepacked weight is copied so that its rows are those of the GEMM's right operand, which takes
+    as much memory again, once for as long as the weight lives and is not changed.
+    """
+    if not prepacked:
+        return weight.transpose(1, 2).unbind(0)
+    version = 0 if weight.is_inference() else weight._version
+    kept = _PACKED.get(weight)
+    if kept is None or kept[0] != version:
+        kept = version, weight.detach().transpose(1, 2).contiguous().unbind(0)
+        _PACKED[weight] = kept
+    return kept[1]

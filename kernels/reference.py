@@ -69,20 +69,20 @@ def moe_reference(hidden: Tensor, experts: Experts, indices: Tensor, weights: Te
     return output.to(hidden.dtype)
 
 
-def check_layer(hidden: Tensor, experts: Experts, indices: Tensor, weights: Tensor) -> None:
-    """Refuse arguments of `moe_reference` that do not fit together, as every implementation does.
-
-    Raises:
-        UsageFault: Shapes, dtypes or devices; the message names which.
-    """
-    _check_experts(hidden, experts)
-    _check_routing(hidden, indices, weights)
-
-
 def _expert(rows: Tensor, gate_up: Tensor, down: Tensor, dtype: torch.dtype) -> Tensor:
     """Return one expert's output for its rows, [rows, hidden] in `dtype`."""
     gate, up = (rows.to(dtype) @ gate_up.to(dtype).T).chunk(2, dim=-1)
     return (functional.silu(gate) * up) @ down.to(dtype).T
+
+
+def check_layer(hidden: Tensor, experts: Experts, indices: Tensor, weights: Tensor) -> None:
+    """Refuse a layer whose parts do not fit together, without a look at their values.
+
+    Raises:
+        UsageFault: Shapes, dtypes or devices do not fit together; the message names which.
+    """
+    _check_experts(hidden, experts)
+    _check_routing(hidden, indices, weights)
 
 
 def _check_experts(hidden: Tensor, experts: Experts) -> None:
