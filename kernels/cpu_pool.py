@@ -93,6 +93,7 @@ os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its
 
 
 def _one_blas_thread() -> None:
+    torch.get_num_threads()  # torch sets a thread up when it is first asked, not later
     torch.set_num_threads(1)
 
 

@@ -13,11 +13,11 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ditune.db.errors import UsageFault
 from ditune.db.moe import CpuTiles, Mapping, MoeTuning
 from ditune.kernels.cpu_pool import Pool, pool_of
+from ditune.kernels.cpu_weights import Chain, chains
 from ditune.kernels.reference import Experts, check_layer
 from ditune.kernels.routing import Routing, route
 from ditune.kernels.routing_bucket import routing_bucket
@@ -128,57 +128,59 @@ class _Layer:
 
     Args:
         hidden: Tokens, [tokens, hidden].
-        up: First weight of each expert, [hidden, 2 * inner].
-        down: Second weight of each expert, [inner, hidden].
+        chains: Products of each expert.
         tokens: Token of each row.
         height: Rows of the highest tile.
+        inner: Columns behind the gate.
         outputs: [rows, hidden], written tile by tile.
     """
 
     hidden: Tensor
-    up: tuple[Tensor, ...]
-    down: tuple[Tensor, ...]
+    chains: list[Chain]
     tokens: Tensor
     height: int
+    inner: int
     outputs: Tensor
 
     def whole(self, share: Iterable[Tile]) -> None:
         """Compute tiles from tokens to outputs."""
-        gated = self.hidden.new_empty(self.height, self.down[0].shape[0])
-        scratch = self._scratch()
+        tokens, gates, ups = self._rooms()
         for tile in share:
-            rows = gated[: tile.end - tile.begin]
-            self._first(tile, scratch, rows)
-            self._second(tile, rows)
+            self._second(tile, self._first(tile, tokens, gates, ups))
 
     def first_half(self, share: Iterable[Tile], gated: Tensor) -> None:
         """Compute tiles from tokens to rows behind the gate, [rows, inner]."""
-        scratch = self._scratch()
+        tokens, _, ups = self._rooms()
         for tile in share:
-            self._first(tile, scratch, gated[tile.begin : tile.end])
+            place = gated[tile.begin : tile.end]
+            _into(place, self._first(tile, tokens, place, ups))
 
     def second_half(self, share: Iterable[Tile], gated: Tensor) -> None:
         """Compute tiles from rows behind the gate to outputs."""
         for tile in share:
             self._second(tile, gated[tile.begin : tile.end])
 
-    def _scratch(self) -> tuple[Tensor, Tensor]:
-        """Return room for the tokens of a tile and for their gate and up values."""
-        both = self.up[0].shape[1]
-        return (
-            self.hidden.new_empty(self.height, self.hidden.shape[1]),
-            self.hidden.new_empty(self.height, both),
-        )
+    def _rooms(self) -> list[Tensor]:
+        """Return room for the tokens of the highest tile, its gate values and its up values."""
+        widths = (self.hidden.shape[1], self.inner, self.inner)
+        return [self.hidden.new_empty(self.height, width) for width in widths]
 
-    def _first(self, tile: Tile, scratch: tuple[Tensor, Tensor], gated: Tensor) -> None:
-        rows, both = (room[: tile.end - tile.begin] for room in scratch)
+    def _first(self, tile: Tile, tokens: Tensor, gates: Tensor, ups: Tensor) -> Tensor:
+        chain, height = self.chains[tile.expert], tile.end - tile.begin
+        rows = tokens[:height]
         torch.index_select(self.hidden, 0, self.tokens[tile.begin : tile.end], out=rows)
-        torch.mm(rows, self.up[tile.expert], out=both)
-        gate, up = both.chunk(2, dim=1)
-        torch.mul(functional.silu(gate, inplace=True), up, out=gated)
+        gate = functional.silu(chain.gate(rows, gates[:height]), inplace=True)
+        return gate.mul_(chain.up(rows, ups[:height]))
 
     def _second(self, tile: Tile, gated: Tensor) -> None:
-        torch.mm(gated, self.down[tile.expert], out=self.outputs[tile.begin : tile.end])
+        place = self.outputs[tile.begin : tile.end]
+        _into(place, self.chains[tile.expert].down(gated, place))
+
+
+def _into(place: Tensor, found: Tensor) -> None:
+    """Copy what a product returned to its place, unless it was computed there."""
+    if found is not place:
+        place.copy_(found)
 
 
 @torch.no_grad()
@@ -198,10 +200,10 @@ def _computed(
     pieces = cut(counts, tiles)
     layer = _Layer(
         hidden,
-        _by_expert(experts.gate_up, prepacked=tiles.prepacked),
-        _by_expert(experts.down, prepacked=tiles.prepacked),
+        chains(experts, pool, prepacked=tiles.prepacked),
         routing.slots // routing.top_k,
         max((tile.end - tile.begin for expert in pieces for tile in expert), default=0),
+        experts.down.shape[2],
         hidden.new_empty(here + 1, hidden.shape[1]),
     )
     layer.outputs[here] = 0.0  # the row of all slots whose experts are elsewhere
@@ -235,22 +237,3 @@ def _combined(outputs: Tensor, routing: Routing, weights: Tensor, pool: Pool) ->
     blocks = range(0, tokens, _COMBINED)
     pool.run(add_up, [blocks[first :: pool.size] for first in range(pool.size)])
     return result
-
-
-_PACKED: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> its version, its copy
-
-
-def _by_expert(weight: Tensor, *, prepacked: bool) -> tuple[Tensor, ...]:
-    """Return each expert's weight as the right operand of a GEMM, [in, out].
-
-    A prepacked weight is copied so that its rows are those of the GEMM's right operand, which takes
-    as much memory again, once for as long as the weight lives and is not changed.
-    """
-    if not prepacked:
-        return weight.transpose(1, 2).unbind(0)
-    version = 0 if weight.is_inference() else weight._version
-    kept = _PACKED.get(weight)
-    if kept is None or kept[0] != version:
-        kept = version, weight.detach().transpose(1, 2).contiguous().unbind(0)
-        _PACKED[weight] = kept
-    return kept[1]
