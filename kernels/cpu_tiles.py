@@ -179,7 +179,7 @@ class _Layer:
 
 def _into(place: Tensor, found: Tensor) -> None:
     """Copy what a product returned to its place, unless it was computed there."""
-    if found is not place:
+    if found.data_ptr() != place.data_ptr():
         place.copy_(found)
 
 
