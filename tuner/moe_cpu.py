@@ -1,0 +1,198 @@
+"""Find the tiles of an expert layer on this CPU, one kind of routing after the other.
+
+Candidates are gated by the reference, then halved: all are timed in turn, the slower half is left
+out, and so on. The best two meet the default anew, in pairs; it stays unless one of them is faster
+with confidence. What is timed is CPU time, so that a busy machine does not choose.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ditune.db.errors import EvaluationFault, UsageFault
+from ditune.db.moe import CpuTiles, ExpertOrder, Mapping, MoeChoice, MoeShape, MoeTuning
+from ditune.kernels.cpu_pool import Pool, pool_of
+from ditune.kernels.cpu_tiles import run_tiles
+from ditune.kernels.reference import Experts, moe_reference
+from ditune.kernels.routing_bucket import routing_bucket
+from ditune.profiler.statistics import paired_speedup
+from ditune.tuner.progress import Progress, Quiet
+
+Seconds = Callable[[CpuTiles], float]
+ROWS = (64, 128, 256, 512, 1024)
+ORDERS: tuple[ExpertOrder, ...] = ("desc", "id")
+MAPPINGS: tuple[Mapping, ...] = ("dynamic", "static", "round_robin")
+PAIRS = 12  # of the last comparison
+_ROUNDS = 2  # timings of every candidate before half of them are left out
+_FINALISTS = 2
+_BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # of the largest value
+
+
+def tune_cpu(
+    shape: MoeShape,
+    routings: Sequence[Sequence[int]],
+    *,
+    threads: int | None = None,
+    prepack: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> MoeTuning:
+    """Return the tiles of a layer for every bucket that some routings fall into.
+
+    Weights, tokens and the order of slots are drawn at random. Memory: one layer of the shape, as
+    much again where weights are packed, and the rows of the largest routing.
+
+    Args:
+        shape: Of the layer.
+        routings: Rows of each expert, [experts] whole numbers each; those of one bucket are timed
+            together.
+        threads: As many as the layer will be run with; by default as many as torch may use.
+        prepack: Whether packed copies of the weights may be kept.
+        seed: Of all that is drawn.
+        progress: Told which bucket is tuned.
+
+    Returns:
+        The tuning, its choices measured; their speedup is that over the default.
+
+    Raises:
+        UsageFault: A routing has another number of experts, or no whole number of tokens.
+        EvaluationFault: The default does not compute what the reference does.
+    """
+    pool, progress = pool_of(threads), progress or Quiet()
+    source = torch.Generator().manual_seed(seed)
+    experts = _experts(shape, source)
+    buckets = defaultdict(list)
+    for counts in routings:
+        buckets[routing_bucket(counts, _tokens(shape, counts))].append(counts)
+    choices = []
+    for number, (bucket, alike) in enumerate(buckets.items()):
+        note = f"{bucket.tokens} tokens, {bucket.skew}, active 1/{2**bucket.active}"
+        progress.update("search", number, len(buckets), note)
+        trials = [_Trial(shape, experts, counts, source) for counts in alike]
+        largest = max(max(counts) for counts in alike)
+        tiles, speedup = _tuned(trials, pool, list(candidates(largest, prepack=prepack)))
+        choices.append(MoeChoice(bucket=bucket, tiles=tiles, status="measured", speedup=speedup))
+    progress.update("search", len(buckets), len(buckets), "tuned")
+    return MoeTuning(shape=shape, default=CpuTiles(), choices=tuple(choices))
+
+
+def candidates(largest: int, *, prepack: bool) -> Iterable[CpuTiles]:
+    """Yield tiles to try, all with the default order and mapping.
+
+    Args:
+        largest: Rows of the largest expert; of all tiles that hold it whole, one is tried.
+        prepack: Whether weights may be packed.
+    """
+    lower = [rows for rows in ROWS if rows < largest]
+    heights = [*lower, *ROWS[len(lower) : len(lower) + 1]]
+    for rows, fused, prepacked in itertools.product(heights, (True, False), (False, True)):
+        if prepack or not prepacked:
+            yield CpuTiles(rows=rows, fused=fused, prepacked=prepacked)
+
+
+def dealt_otherwise(tiles: CpuTiles) -> Iterable[CpuTiles]:
+    """Yield the same tiles in every order and with every mapping, which matters to threads."""
+    for order, mapping in itertools.product(ORDERS, MAPPINGS):
+        yield CpuTiles(**{**tiles.model_dump(), "order": order, "mapping": mapping})
+
+
+def halved(tiles: Iterable[CpuTiles], seconds: Seconds) -> list[CpuTiles]:
+    """Return the fastest two, the faster first, or fewer where there are not as many.
+
+    Args:
+        tiles: What is tried, in turn: what drifts hits all alike.
+        seconds: Time of one run. Foreign load only adds, so the least time counts.
+    """
+    left = list(dict.fromkeys(tiles))
+    least = dict.fromkeys(left, float("inf"))
+    keep = len(left)
+    while keep > _FINALISTS:
+        for one in left * _ROUNDS:
+            least[one] = min(least[one], seconds(one))
+        keep = max(_FINALISTS, len(left) // 2)
+        left = sorted(left, key=lambda one: least[one])[:keep]
+    return left
+
+
+def run_off(finalists: Sequence[CpuTiles], seconds: Seconds) -> tuple[CpuTiles, float]:
+    """Return what is faster than the default with confidence, and by how much; else the default.
+
+    Args:
+        finalists: What is compared with it in interleaved pairs.
+        seconds: Time of one run.
+    """
+    default = CpuTiles()
+    times: dict[CpuTiles, list[float]] = {one: [] for one in (default, *finalists)}
+    for turn in range(PAIRS):
+        runners = list(times)
+        for one in reversed(runners) if turn % 2 else runners:
+            times[one].append(seconds(one))
+    found = [(one, paired_speedup(times[default], times[one])) for one in times]
+    proved = [(one, gain.median) for one, gain in found if gain.ci95[0] > 1.0]
+    return max(proved, key=lambda pair: pair[1], default=(default, 1.0))
+
+
+class _Trial:
+    """One routing of the layer, and what has to come out."""
+
+    def __init__(
+        self, shape: MoeShape, experts: Experts, counts: Sequence[int], source: torch.Generator
+    ) -> None:
+        flat = torch.arange(shape.experts).repeat_interleave(torch.tensor(counts))
+        order = torch.randperm(len(flat), generator=source)
+        indices = flat[order].reshape(-1, shape.top_k)
+        hidden = torch.randn(len(indices), shape.hidden, generator=source)
+        weights = torch.rand(indices.shape, generator=source)
+        self.given = hidden.to(experts.down.dtype), experts, indices, weights
+        self._wanted = moe_reference(*self.given).float()
+        self._bound = _BOUNDS[shape.dtype] * float(self._wanted.abs().max()) if len(flat) else 0.0
+
+    def right(self, tiles: CpuTiles, pool: Pool) -> bool:
+        """Whether tiles give what the reference gives."""
+        found = run_tiles(*self.given, tiles, pool).float()
+        return bool(((found - self._wanted).abs() <= self._bound).all())  # NaN is wrong
+
+
+def _tuned(trials: list[_Trial], pool: Pool, tried: list[CpuTiles]) -> tuple[CpuTiles, float]:
+    """Return the tiles for routings that are alike, and their speedup over the default."""
+
+    def right(tiles: CpuTiles) -> bool:
+        return all(trial.right(tiles, pool) for trial in trials)
+
+    def seconds(tiles: CpuTiles) -> float:
+        return sum(pool.makespan(partial(run_tiles, *t.given, tiles, pool)) for t in trials)
+
+    if not right(CpuTiles()):
+        raise EvaluationFault(
+            "the default tiles do not give what the reference gives on this CPU; report it with "
+            "the shape of the layer, and do not use the CPU's tiles here"
+        )
+    best = halved(filter(right, tried), seconds)
+    if pool.size > 1:
+        variants = itertools.chain.from_iterable(map(dealt_otherwise, best))
+        best = halved(filter(right, variants), seconds)
+    return run_off(best, seconds)
+
+
+def _experts(shape: MoeShape, source: torch.Generator) -> Experts:
+    def normal(rows: int, columns: int) -> Tensor:
+        drawn = torch.randn(shape.experts, rows, columns, generator=source)
+        return drawn.mul_(columns**-0.5).to(getattr(torch, shape.dtype))
+
+    return Experts(normal(2 * shape.inner, shape.hidden), normal(shape.hidden, shape.inner))
+
+
+def _tokens(shape: MoeShape, counts: Sequence[int]) -> int:
+    """Return the tokens that make these rows."""
+    if len(counts) != shape.experts or sum(counts) % shape.top_k or min(counts) < 0:
+        raise UsageFault(
+            f"a routing of this layer has rows for {shape.experts} experts, {shape.top_k} for each "
+            f"token, but one has {sum(counts)} rows on {len(counts)} experts"
+        )
+    return sum(counts) // shape.top_k
