@@ -1,7 +1,7 @@
 """Find the tiles of an expert layer on this CPU, one kind of routing after the other.
 
 Candidates are gated by the reference, then halved: all are timed in turn, the slower half is left
-out, and so on. The best two meet the default anew, in pairs; it stays unless one of them is faster
+out, the rest is timed more often, and so on. The best two meet the default anew, in pairs; it stays unless one of them is faster
 with confidence. What is timed is CPU time, so that a busy machine does not choose.
 """
 
@@ -28,8 +28,7 @@ Seconds = Callable[[CpuTiles], float]
 ROWS = (64, 128, 256, 512, 1024)
 ORDERS: tuple[ExpertOrder, ...] = ("desc", "id")
 MAPPINGS: tuple[Mapping, ...] = ("dynamic", "static", "round_robin")
-PAIRS = 12  # of the last comparison
-_ROUNDS = 2  # timings of every candidate before half of them are left out
+PAIRS = 9  # of the last comparison
 _FINALISTS = 2
 _BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # of the largest value
 
@@ -111,12 +110,13 @@ def halved(tiles: Iterable[CpuTiles], seconds: Seconds) -> list[CpuTiles]:
     """
     left = list(dict.fromkeys(tiles))
     least = dict.fromkeys(left, float("inf"))
-    keep = len(left)
+    keep, rounds = len(left), 1
     while keep > _FINALISTS:
-        for one in left * _ROUNDS:
+        for one in left * rounds:
             least[one] = min(least[one], seconds(one))
         keep = max(_FINALISTS, len(left) // 2)
         left = sorted(left, key=lambda one: least[one])[:keep]
+        rounds += 1
     return left
 
 
