@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +110,10 @@ def dense(case: Case, experts: Experts, *, fresh: bool) -> Contestant:
 
 
 def peers(layer: Layer) -> dict[str, Contestant]:
-    """Return the same layer as transformers and diffusers compute it, those that memory allows."""
+    """Return the same layer as transformers and diffusers compute it.
+
+    Without transformers' `batched_mm`: it copies an expert's weights for each row, 6 MiB here.
+    """
     hidden, experts, indices, weights = layer
     config = Qwen3MoeConfig(
         num_experts=experts.count,
@@ -131,19 +133,11 @@ def peers(layer: Layer) -> dict[str, Contestant]:
 
         return compute
 
-    names = ["eager", "grouped_mm"] + ["batched_mm"] * fits_batched(indices.numel())
-    return {name: implementation(name) for name in names} | {"HiDream": _hidream(layer)}
-
-
-def fits_batched(rows: int) -> bool:
-    """Whether `batched_mm`, which copies an expert's weights for each row, has half the memory."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return batched_bytes(rows) < free / 2
-
-
-def batched_bytes(rows: int) -> int:
-    """Return the bytes of the weights that `batched_mm` copies."""
-    return rows * 3 * _HIDDEN * _INNER * 4
+    return {
+        "eager": implementation("eager"),
+        "grouped_mm": implementation("grouped_mm"),
+        "HiDream": _hidream(layer),
+    }
 
 
 def _hidream(layer: Layer) -> Contestant:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -95,7 +96,7 @@ def cut(counts: list[int], tiles: CpuTiles) -> list[list[Tile]]:
         pieces = ceil_div(count, tiles.rows)
         edges = [start + count * piece // pieces for piece in range(pieces)] + [start + count]
         if count:
-            found.append([Tile(expert, *pair) for pair in zip(edges, edges[1:], strict=False)])
+            found.append([Tile(expert, *pair) for pair in pairwise(edges)])
     return found
 
 

@@ -1,8 +1,9 @@
 """Find the tiles of an expert layer on this CPU, one kind of routing after the other.
 
 Candidates are gated by the reference, then halved: all are timed in turn, the slower half is left
-out, the rest is timed more often, and so on. The best two meet the default anew, in pairs; it stays unless one of them is faster
-with confidence. What is timed is CPU time, so that a busy machine does not choose.
+out, the rest is timed more often, and so on. The best two meet the default anew, in pairs; it stays
+unless one of them is faster with confidence. What is timed is CPU time, so that a busy machine does
+not choose.
 """
 
 from __future__ import annotations

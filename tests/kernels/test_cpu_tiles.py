@@ -64,9 +64,7 @@ def test_weights_of_experts_elsewhere_are_not_looked_at() -> None:
     indices[:, 1] = -1
     wanted = run_tiles(hidden, experts, indices, weights, CpuTiles(), pool_of(1))
     weights[:, 1] = float("nan")
-    assert torch.equal(
-        wanted, run_tiles(hidden, experts, indices, weights, CpuTiles(), pool_of(1))
-    )
+    assert torch.equal(wanted, run_tiles(hidden, experts, indices, weights, CpuTiles(), pool_of(1)))
 
 
 @settings(deadline=None)
