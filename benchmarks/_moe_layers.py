@@ -17,7 +17,7 @@ from ditune.kernels.reference import Experts
 
 ROUTINGS = ("balanced", "zipf", "one-hot", "hole")
 _HIDDEN, _INNER, _TOP_K = 512, 1024, 2
-_TOKENS = {4: 2048, 16: 2048, 64: 4096, 128: 8192}  # 128 rows for each expert and more
+_TOKENS = {4: 2048, 16: 4096, 64: 6144, 128: 12288}  # 192 rows for each expert and more
 _ZIPF = 1.2  # exponent
 Layer = tuple[Tensor, Experts, Tensor, Tensor]
 Contestant = Callable[[], Tensor]

@@ -29,7 +29,7 @@ Seconds = Callable[[CpuTiles], float]
 ROWS = (64, 128, 256, 512, 1024)
 ORDERS: tuple[ExpertOrder, ...] = ("desc", "id")
 MAPPINGS: tuple[Mapping, ...] = ("dynamic", "static", "round_robin")
-PAIRS = 9  # of the last comparison
+PAIRS = 7  # of the last comparison
 _FINALISTS = 2
 _BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # of the largest value
 
@@ -74,16 +74,16 @@ def tune_cpu(
     for number, (bucket, alike) in enumerate(buckets.items()):
         note = f"{bucket.tokens} tokens, {bucket.skew}, active 1/{2**bucket.active}"
         progress.update("search", number, len(buckets), note)
-        trials = [_Trial(shape, experts, counts, source) for counts in alike]
+        bench = _Bench([_Trial(shape, experts, counts, source) for counts in alike], pool)
         largest = max(max(counts) for counts in alike)
-        tiles, speedup = _tuned(trials, pool, list(candidates(largest, prepack=prepack)))
+        tiles, speedup = _tuned(bench, candidates(largest, prepack=prepack), pool.size)
         choices.append(MoeChoice(bucket=bucket, tiles=tiles, status="measured", speedup=speedup))
     progress.update("search", len(buckets), len(buckets), "tuned")
     return MoeTuning(shape=shape, default=CpuTiles(), choices=tuple(choices))
 
 
 def candidates(largest: int, *, prepack: bool) -> Iterable[CpuTiles]:
-    """Yield tiles to try, all with the default order and mapping.
+    """Yield tiles of several heights to try first, the rest of them as in the default.
 
     Args:
         largest: Rows of the largest expert; of all tiles that hold it whole, one is tried.
@@ -91,9 +91,14 @@ def candidates(largest: int, *, prepack: bool) -> Iterable[CpuTiles]:
     """
     lower = [rows for rows in ROWS if rows < largest]
     heights = [*lower, *ROWS[len(lower) : len(lower) + 1]]
-    for rows, fused, prepacked in itertools.product(heights, (True, False), (False, True)):
-        if prepack or not prepacked:
-            yield CpuTiles(rows=rows, fused=fused, prepacked=prepacked)
+    for rows, prepacked in itertools.product(heights, (False, True) if prepack else (False,)):
+        yield CpuTiles(rows=rows, prepacked=prepacked)
+
+
+def in_passes(tiles: CpuTiles) -> Iterable[CpuTiles]:
+    """Yield the same tiles with both GEMMs in one task, and in two passes."""
+    for fused in (True, False):
+        yield CpuTiles(**{**tiles.model_dump(), "fused": fused})
 
 
 def dealt_otherwise(tiles: CpuTiles) -> Iterable[CpuTiles]:
@@ -121,7 +126,7 @@ def halved(tiles: Iterable[CpuTiles], seconds: Seconds) -> list[CpuTiles]:
     return left
 
 
-def run_off(finalists: Sequence[CpuTiles], seconds: Seconds) -> tuple[CpuTiles, float]:
+def run_off(finalists: Iterable[CpuTiles], seconds: Seconds) -> tuple[CpuTiles, float]:
     """Return what is faster than the default with confidence, and by how much; else the default.
 
     Args:
@@ -154,31 +159,48 @@ class _Trial:
         self._wanted = moe_reference(*self.given).float()
         self._bound = _BOUNDS[shape.dtype] * float(self._wanted.abs().max()) if len(flat) else 0.0
 
-    def right(self, tiles: CpuTiles, pool: Pool) -> bool:
-        """Whether tiles give what the reference gives."""
-        found = run_tiles(*self.given, tiles, pool).float()
-        return bool(((found - self._wanted).abs() <= self._bound).all())  # NaN is wrong
+    def right(self, found: Tensor) -> bool:
+        """Whether that is what the reference gives."""
+        return bool(((found.float() - self._wanted).abs() <= self._bound).all())  # NaN is wrong
 
 
-def _tuned(trials: list[_Trial], pool: Pool, tried: list[CpuTiles]) -> tuple[CpuTiles, float]:
+class _Bench:
+    """Times tiles; the first run of each, which also packs weights, is compared and not timed."""
+
+    def __init__(self, trials: list[_Trial], pool: Pool) -> None:
+        self._trials, self._pool = trials, pool
+        self._right: dict[CpuTiles, bool] = {}
+
+    def right(self, tiles: CpuTiles) -> bool:
+        """Whether tiles give what the reference gives, for every routing."""
+        if tiles not in self._right:
+            self._right[tiles] = all(
+                trial.right(run_tiles(*trial.given, tiles, self._pool)) for trial in self._trials
+            )
+        return self._right[tiles]
+
+    def seconds(self, tiles: CpuTiles) -> float:
+        """Return the CPU seconds of one run of every routing; wrong results take for ever."""
+        if not self.right(tiles):
+            return float("inf")
+        return sum(
+            self._pool.makespan(partial(run_tiles, *trial.given, tiles, self._pool))
+            for trial in self._trials
+        )
+
+
+def _tuned(bench: _Bench, tried: Iterable[CpuTiles], threads: int) -> tuple[CpuTiles, float]:
     """Return the tiles for routings that are alike, and their speedup over the default."""
-
-    def right(tiles: CpuTiles) -> bool:
-        return all(trial.right(tiles, pool) for trial in trials)
-
-    def seconds(tiles: CpuTiles) -> float:
-        return sum(pool.makespan(partial(run_tiles, *t.given, tiles, pool)) for t in trials)
-
-    if not right(CpuTiles()):
+    if not bench.right(CpuTiles()):
         raise EvaluationFault(
             "the default tiles do not give what the reference gives on this CPU; report it with "
             "the shape of the layer, and do not use the CPU's tiles here"
         )
-    best = halved(filter(right, tried), seconds)
-    if pool.size > 1:
-        variants = itertools.chain.from_iterable(map(dealt_otherwise, best))
-        best = halved(filter(right, variants), seconds)
-    return run_off(best, seconds)
+    best = halved(tried, bench.seconds)
+    variations = (in_passes, dealt_otherwise) if threads > 1 else (in_passes,)
+    for vary in variations:
+        best = halved(itertools.chain.from_iterable(map(vary, best)), bench.seconds)
+    return run_off(filter(bench.right, best), bench.seconds)
 
 
 def _experts(shape: MoeShape, source: torch.Generator) -> Experts:
