@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,12 @@ from ditune.kernels.reference import Experts
 
 ROUTINGS = ("balanced", "zipf", "one-hot", "hole")
 _HIDDEN, _INNER, _TOP_K = 512, 1024, 2
-_TOKENS = {4: 2048, 16: 4096, 64: 6144, 128: 12288}  # 192 rows for each expert and more
+SIZES = {
+    4: 2048,
+    16: 4096,
+    64: 6144,
+    128: 12288,
+}  # experts: tokens, 192 rows and more for each expert
 _ZIPF = 1.2  # exponent
 Layer = tuple[Tensor, Experts, Tensor, Tensor]
 Contestant = Callable[[], Tensor]
@@ -72,10 +77,15 @@ class Case:
         return hidden, experts, flat[order].reshape(self.tokens, _TOP_K), weights
 
 
-def cases(*, quick: bool) -> Iterator[list[Case]]:
-    """Yield the cases that have the same weights."""
-    for experts in list(_TOKENS)[: 2 if quick else None]:
-        tokens = _TOKENS[experts] // (4 if quick else 1)
+def cases(numbers: Sequence[int], *, quick: bool) -> Iterator[list[Case]]:
+    """Yield the cases that have the same weights, for some of `SIZES`; quick ones have fewer rows.
+
+    Args:
+        numbers: Of experts.
+        quick: Whether to take a quarter of the tokens.
+    """
+    for experts in numbers:
+        tokens = SIZES[experts] // (4 if quick else 1)
         yield [Case(experts, tokens, routing) for routing in ROUTINGS]
 
 
@@ -91,6 +101,8 @@ def weights_of(case: Case) -> Experts:
 def dense(case: Case, experts: Experts, *, fresh: bool) -> Contestant:
     """Return the two GEMMs with one expert's weight for all rows: equal operations, nothing else.
 
+    They have run once, so that memory is touched.
+
     Args:
         case: How many rows.
         experts: The first one's weights are taken.
@@ -98,15 +110,18 @@ def dense(case: Case, experts: Experts, *, fresh: bool) -> Contestant:
     """
     rows = torch.randn(case.rows, _HIDDEN, generator=torch.Generator().manual_seed(2))
     up, down = experts.gate_up[0].T, experts.down[0].T
-    if fresh:
-        return lambda: torch.mm(torch.mm(rows, up)[:, :_INNER], down)
     both, out = rows.new_empty(case.rows, 2 * _INNER), torch.empty_like(rows)
+
+    def anew() -> Tensor:
+        return torch.mm(torch.mm(rows, up)[:, :_INNER], down)
 
     def kept() -> Tensor:
         torch.mm(rows, up, out=both)
         return torch.mm(both[:, :_INNER], down, out=out)
 
-    return kept
+    compute = anew if fresh else kept
+    compute()
+    return compute
 
 
 def peers(layer: Layer) -> dict[str, Contestant]:

@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from benchmarks._moe_layers import (
+    SIZES,
     Case,
     Contestant,
     Layer,
@@ -57,9 +58,16 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
         "with 1024 rows it took 270 times as long as tiles",
     }
     pairs = 3 if arguments.quick else 7
+    numbers = arguments.experts or list(SIZES)[: 2 if arguments.quick else None]
     with torch.no_grad():
-        for group in cases(quick=arguments.quick):
+        for group in cases(numbers, quick=arguments.quick):
             _group(benchmark, group, pairs)
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--experts", type=int, nargs="*", choices=SIZES, help="only layers with so many experts"
+    )
 
 
 def _group(benchmark: Benchmark, group: list[Case], pairs: int) -> None:
@@ -165,4 +173,4 @@ def _add(
 
 
 if __name__ == "__main__":
-    main("moe", measure, __doc__ or "")
+    main("moe", measure, __doc__ or "", _options)
