@@ -96,11 +96,13 @@ def _pack(weight: Tensor) -> Product:
 
 def _times_mkl(packed: Tensor, weight: Tensor, rows: Tensor, _: Tensor) -> Tensor:
     # told that it was packed for this height, or torch would use the weight as it lies
-    return torch.ops.mkl._mkl_linear(rows, packed, weight, None, rows.shape[0])
+    found: Tensor = torch.ops.mkl._mkl_linear(rows, packed, weight, None, rows.shape[0])
+    return found
 
 
 def _times_onednn(packed: Tensor, rows: Tensor, _: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
+    return found
 
 
 @cache

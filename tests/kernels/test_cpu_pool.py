@@ -45,7 +45,7 @@ def test_threads_stay_and_one_alone_is_the_caller() -> None:
         for own, inside in ((1, True), (2, False)):  # two BLAS threads are not one
             torch.set_num_threads(own)
             where: list[threading.Thread] = []
-            pool_of(1).run(lambda _, where=where: where.append(threading.current_thread()), [0])
+            pool_of(1).run(lambda seen: seen.append(threading.current_thread()), [where])
             assert (where == [threading.current_thread()]) is inside
     finally:
         torch.set_num_threads(before)

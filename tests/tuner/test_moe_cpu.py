@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+from torch import Tensor
 
 from ditune.db.errors import EvaluationFault, UsageFault
 from ditune.db.moe import CpuTiles, MoeShape
+from ditune.kernels.cpu_tiles import run_tiles
 from ditune.kernels.routing_bucket import routing_bucket
 from ditune.tuner import moe_cpu
 from ditune.tuner.moe_cpu import candidates, dealt_otherwise, halved, in_passes, run_off, tune_cpu
@@ -46,8 +48,8 @@ def test_halving_finds_the_fastest_and_spends_little_on_the_rest() -> None:
     best = halved(candidates(5000, prepack=True), script)
     assert best[0] == CpuTiles(rows=512, prepacked=True)
     assert len(best) == 2
-    assert script.calls[CpuTiles(rows=1024)] == 1
-    assert script.calls.total() == 10 * 1 + 5 * 2
+    assert script.calls[CpuTiles(rows=64)] == 2
+    assert script.calls.total() == 2 * (10 + 5)
     assert halved([CpuTiles()], script) == [CpuTiles()]
 
 
@@ -96,16 +98,17 @@ def test_no_packed_weights_where_memory_is_short() -> None:
 
 
 def test_what_computes_something_else_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = moe_cpu.run_tiles
-
-    def wrong(*given: object) -> object:
-        found = right(*given)  # type: ignore[arg-type]
+    def wrong(*given: object) -> Tensor:
+        found = run_tiles(*given)  # type: ignore[arg-type]
         return found if given[4] == CpuTiles() else found.mul_(1.01)
+
+    def undone(*given: object) -> Tensor:
+        return run_tiles(*given).mul_(float("nan"))  # type: ignore[arg-type]
 
     monkeypatch.setattr(moe_cpu, "run_tiles", wrong)
     tuning = tune_cpu(SHAPE, [EVEN], threads=1)
     assert tuning.choices[0].tiles == CpuTiles()
-    monkeypatch.setattr(moe_cpu, "run_tiles", lambda *given: right(*given).mul_(float("nan")))
+    monkeypatch.setattr(moe_cpu, "run_tiles", undone)
     with pytest.raises(EvaluationFault, match="default tiles"):
         tune_cpu(SHAPE, [EVEN], threads=1)
 
