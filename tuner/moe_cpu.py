@@ -9,6 +9,7 @@ not choose.
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -23,7 +24,8 @@ from ditune.kernels.cpu_tiles import run_tiles
 from ditune.kernels.reference import Experts, moe_reference
 from ditune.kernels.routing_bucket import routing_bucket
 from ditune.profiler.statistics import paired_speedup
-from ditune.tuner.progress import Progress, Quiet
+from ditune.tuner.moe import Routed, Tuned, by_bucket
+from ditune.tuner.progress import Progress, Quiet, Stage
 
 Seconds = Callable[[CpuTiles], float]
 ROWS = (64, 128, 256, 512, 1024)
@@ -33,6 +35,7 @@ PAIRS = 7  # of the last comparison
 _LOOKS = 2  # so many times as many pairs, as long as nothing is proved
 _ROUNDS = 2  # timings of every candidate before half of them are left out; one may be disturbed
 _FINALISTS = 2
+_SHOWN = 5  # runs whose median is shown
 _BOUNDS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # of the largest value
 
 
@@ -82,6 +85,43 @@ def tune_cpu(
         choices.append(MoeChoice(bucket=bucket, tiles=tiles, status="measured", speedup=speedup))
     progress.update("search", len(buckets), len(buckets), "tuned")
     return MoeTuning(shape=shape, default=CpuTiles(), choices=tuple(choices))
+
+
+class _Said:
+    """A progress that says what is tuned."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+
+    def update(self, stage: Stage, done: int, total: int, note: str) -> None:
+        """Say it."""
+        self._say(f"timing {note}, {done} of {total}")
+
+
+def timed(
+    shape: MoeShape, routed: Sequence[Routed], progress: Callable[[str], None]
+) -> tuple[Tuned, ...]:
+    """Return tiles for each bucket of routings, timed on this CPU.
+
+    Args:
+        shape: Of the layer.
+        routed: The routings that matter.
+        progress: Is told what is being done.
+
+    Raises:
+        UsageFault, EvaluationFault: As `tune_cpu` does.
+    """
+    tuning = tune_cpu(shape, [each.counts for each in routed], progress=_Said(progress))
+    source, pool, found = torch.Generator().manual_seed(1), pool_of(), []
+    experts = _experts(shape, source)
+    for choice, group in zip(tuning.choices, by_bucket(routed).values(), strict=True):
+        assert isinstance(choice.tiles, CpuTiles)
+        trial = _Trial(shape, experts, group[0].counts, source)
+        run = partial(run_tiles, *trial.given, choice.tiles, pool)
+        us = 1e6 * statistics.median(pool.makespan(run) for _ in range(_SHOWN))
+        note = f"CPU time on {pool.size} threads, the busiest counts"
+        found.append(Tuned(choice, tuple(each.name for each in group), us, note))
+    return tuple(found)
 
 
 def candidates(largest: int, *, prepack: bool) -> Iterable[CpuTiles]:

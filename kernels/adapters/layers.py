@@ -81,8 +81,10 @@ def attach(layer: FoundLayer, tuning: MoeTuning | None) -> int:
         Bytes of weights that were laid anew, in place: no more memory than before is kept.
 
     Raises:
-        UsageFault: The trial failed; the layer is as it was.
+        UsageFault: Weights are not in memory, or the trial failed; the layer is as it was.
     """
+    if any(weight.is_meta for weight in layer.module.parameters()):
+        raise UsageFault("its weights are not in memory: load the model without offloading first")
     adapter = _adapter(layer.kind)
     relaid = adapter.attach(layer.module, tuning)
     reason = "its trial was interrupted"

@@ -119,7 +119,7 @@ def plain_weight(module: nn.Module, name: str) -> Tensor:
     """Return a weight that the kernels can read.
 
     Raises:
-        UsageFault: It is quantised, sharded, offloaded, or of another dtype.
+        UsageFault: It is quantised, sharded, or of another dtype.
     """
     weight: Any = getattr(module, name, None)
     if type(weight) is not nn.Parameter:
@@ -127,8 +127,6 @@ def plain_weight(module: nn.Module, name: str) -> Tensor:
             f"its {name} is no plain tensor but {type(weight).__name__}: attach before the model "
             "is quantised, sharded or given adapters, or leave this layer as it is"
         )
-    if weight.is_meta:
-        raise UsageFault(f"its {name} is not in memory: load the model without offloading first")
     if dispatch.dtype_name(weight.dtype) is None:
         raise UsageFault(f"its {name} is {weight.dtype}: bring it to bfloat16, float16 or float32")
     return weight

@@ -35,7 +35,7 @@ def test_the_transformer_of_a_pipeline_is_found_in_its_folder(tmp_path: Path) ->
 
 def test_a_model_without_layers_that_can_be_tuned_says_why(tmp_path: Path) -> None:
     gpt_oss().save_pretrained(tmp_path)
-    with pytest.raises(UsageFault, match="has no layers of experts that can be tuned; .*experts"):
+    with pytest.raises(UsageFault, match=r"has no layers of experts that can be tuned; .*experts"):
         shapes_of(str(tmp_path), "bfloat16")
 
 

@@ -9,7 +9,8 @@ import pytest
 from tests.kernels.adapters.models import MODELS, Model, gpt_oss
 from torch import nn
 
-from ditune.kernels.adapters.layers import RefusedLayer, find_layers, survey
+from ditune.db.errors import UsageFault
+from ditune.kernels.adapters.layers import RefusedLayer, attach, find_layers, survey
 
 
 def refusals(model: nn.Module) -> set[str]:
@@ -64,7 +65,13 @@ def test_weights_that_are_no_plain_tensors_are_refused(name: str) -> None:
     experts: Any = find_layers(model)[0].module
     experts.gate_up_proj = type("Sharded", (nn.Parameter,), {})(experts.gate_up_proj.data)
     assert any("no plain tensor but Sharded" in reason for reason in refusals(model))
-    assert any("is not in memory" in reason for reason in refusals(model.to("meta")))
+
+
+def test_weights_that_are_not_in_memory_have_a_shape_and_are_not_attached(tiny: Model) -> None:
+    layer = find_layers(tiny.build().to("meta"))[0]
+    assert layer.shape.experts == tiny.experts
+    with pytest.raises(UsageFault, match="not in memory"):
+        attach(layer, None)
 
 
 def test_float64_is_refused(tiny: Model) -> None:
