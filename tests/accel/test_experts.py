@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kernels.adapters.models import BOUNDS, MODELS, Model, gpt_oss, off, stand_in
+from tests.kernels.adapters.models import BOUNDS, MODELS, Model, gpt_oss, off
 from torch import Tensor, nn
 
 import ditune
@@ -21,11 +21,6 @@ from ditune.kernels.adapters import layers
 from ditune.kernels.digest import kernels_digest
 
 QWEN = MoeShape(experts=8, hidden=32, inner=24, top_k=2, dtype="float32")
-
-
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(monkeypatch)
 
 
 @pytest.fixture(params=["qwen", "hidream", "nucleus"])

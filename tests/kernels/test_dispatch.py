@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kernels.adapters.models import noise, stand_in
+from tests.kernels.adapters.models import noise
 from torch import Tensor
 
 from ditune.db.moe import CpuTiles, LayerTiles, MoeShape, MoeTuning
@@ -22,7 +22,6 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[MoeTuning]:
     """Return the tunings that reach the CPU's kernels."""
-    stand_in(monkeypatch)
     tunings: list[MoeTuning] = []
 
     def cpu(*given: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.kernels.adapters.models import MODELS, gpt_oss
@@ -12,10 +13,14 @@ from ditune.db.errors import UsageFault
 from ditune.tuner.moe_shapes import shapes_of
 
 
+def saved(model: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+
+
 @pytest.mark.parametrize("name", list(MODELS))
 def test_the_configuration_of_a_model_tells_its_shapes(name: str, tmp_path: Path) -> None:
     wanted = MODELS[name]
-    wanted.build().save_pretrained(tmp_path)
+    saved(wanted.build(), tmp_path)
     for weights in tmp_path.glob("*.safetensors"):
         weights.unlink()
     (shape, count), *others = shapes_of(str(tmp_path), "bfloat16").items()
@@ -26,7 +31,7 @@ def test_the_configuration_of_a_model_tells_its_shapes(name: str, tmp_path: Path
 
 
 def test_the_transformer_of_a_pipeline_is_found_in_its_folder(tmp_path: Path) -> None:
-    MODELS["hidream"].build().save_pretrained(tmp_path / "transformer")
+    saved(MODELS["hidream"].build(), tmp_path / "transformer")
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "config.json").write_text('{"_class_name": "DDIMScheduler"}')
     (tmp_path / "model_index.json").write_text('{"_class_name": "HiDreamImagePipeline"}')
@@ -34,7 +39,7 @@ def test_the_transformer_of_a_pipeline_is_found_in_its_folder(tmp_path: Path) ->
 
 
 def test_a_model_without_layers_that_can_be_tuned_says_why(tmp_path: Path) -> None:
-    gpt_oss().save_pretrained(tmp_path)
+    saved(gpt_oss(), tmp_path)
     with pytest.raises(UsageFault, match=r"has no layers of experts that can be tuned; .*experts"):
         shapes_of(str(tmp_path), "bfloat16")
 

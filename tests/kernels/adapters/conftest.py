@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.kernels.adapters.models import MODELS, Model, stand_in
-
-
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(monkeypatch)
+from tests.kernels.adapters.models import MODELS, Model
 
 
 @pytest.fixture(params=MODELS)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
-import pytest
 import torch
 from diffusers import HiDreamImageTransformer2DModel, NucleusMoEImageTransformer2DModel
 from torch import Tensor, nn
@@ -23,8 +19,6 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
-
-from ditune.kernels.reference import moe_reference
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 4e-2}  # of the largest value, through a whole model
 _SIZES = {
@@ -178,11 +172,3 @@ MODELS = {
 def off(found: Tensor, wanted: Tensor) -> float:
     """Return the largest difference as a share of the largest value."""
     return ((found - wanted).abs().max() / wanted.abs().max()).item()
-
-
-def stand_in(patch: pytest.MonkeyPatch) -> None:
-    """STAND-IN: let the reference run where the CPU kernels are not there yet; else do nothing."""
-    if importlib.util.find_spec("ditune.kernels.cpu_tiles") is None:
-        kernels = ModuleType("ditune.kernels.cpu_tiles")
-        vars(kernels)["moe_cpu"] = lambda *given: moe_reference(*given[:4])
-        patch.setitem(sys.modules, kernels.__name__, kernels)
