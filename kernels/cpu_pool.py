@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache
+from functools import cache, partial
 from typing import TypeVar
 
 import torch
@@ -41,17 +41,19 @@ class Pool:
     def run(self, work: Callable[[Share], None], shares: Sequence[Share]) -> None:
         """Run a work on one share per thread, without gradients, and wait for all of them.
 
+        In the caller's inference mode, without which nobody may write into tensors made in it.
+
         Args:
             work: What is called with each share.
             shares: As many as `size`.
         """
+        modes = partial(_in_modes, work, torch.is_inference_mode_enabled())
         if not self._threads:
             for share in shares:
-                _without_gradients(work, share)
+                modes(share)
             return
         running = [
-            thread.submit(_without_gradients, work, share)
-            for thread, share in zip(self._threads, shares, strict=True)
+            thread.submit(modes, share) for thread, share in zip(self._threads, shares, strict=True)
         ]
         wait(running)  # nobody may still write when the first error is raised
         for future in running:
@@ -106,6 +108,6 @@ def _in_new_thread(question: Callable[[], int | None]) -> int:
     return found[0]
 
 
-def _without_gradients(work: Callable[[Share], None], share: Share) -> None:
-    with torch.no_grad():  # each thread has its own switch
+def _in_modes(work: Callable[[Share], None], inference: bool, share: Share) -> None:
+    with torch.inference_mode(inference), torch.no_grad():  # each thread has switches of its own
         work(share)

@@ -42,12 +42,19 @@ def chains(experts: Experts, pool: Pool, *, prepacked: bool) -> list[Chain]:
         experts: The weights, on a CPU.
         pool: Who packs.
         prepacked: Whether copies in the BLAS's own layout are used. They are made at the first
-            call and after a change in place, and are kept for as long as the weight itself is.
+            call and after a change, and are kept for as long as the weight itself is. Weights made
+            in inference mode are used as they lie: torch does not say when they change.
     """
-    products = partial(_packed, pool=pool) if prepacked else _plain
     inner = experts.down.shape[2]
-    first = products(experts.gate_up, (slice(inner), slice(inner, None)))
-    second = products(experts.down, (slice(None),))
+    first, second = (
+        _packed(weight, parts, pool)
+        if prepacked and not weight.is_inference()
+        else _plain(weight, parts)
+        for weight, parts in (
+            (experts.gate_up, (slice(inner), slice(inner, None))),
+            (experts.down, (slice(None),)),
+        )
+    )
     return [Chain(gate, up, down) for (gate, up), (down,) in zip(first, second, strict=True)]
 
 
@@ -61,14 +68,14 @@ def _times(right: Tensor, rows: Tensor, room: Tensor) -> Tensor:
     return torch.mm(rows, right, out=room)
 
 
-_PACKED: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> its version, its packed products
+_PACKED: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> its state, its packed products
 
 
 def _packed(weight: Tensor, parts: tuple[slice, ...], pool: Pool) -> list[list[Product]]:
     """Return the same with packed copies, those made before where the weight has not changed."""
-    version = 0 if weight.is_inference() else weight._version
+    state = weight._version, weight.data_ptr(), weight.dtype  # `weight.data = x` is no new version
     kept = _PACKED.get(weight)
-    if kept is None or kept[0] != version:
+    if kept is None or kept[0] != state:
         lies = weight.detach()  # a view of the weight itself would keep it alive for ever
         found: list[list[Product]] = [[]] * len(lies)
 
@@ -78,7 +85,7 @@ def _packed(weight: Tensor, parts: tuple[slice, ...], pool: Pool) -> list[list[P
 
         experts = range(len(lies))
         pool.run(pack, [experts[first :: pool.size] for first in range(pool.size)])
-        kept = version, found
+        kept = state, found
         _PACKED[weight] = kept
     products: list[list[Product]] = kept[1]
     return products

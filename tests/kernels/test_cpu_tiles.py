@@ -110,17 +110,33 @@ def test_who_gets_what() -> None:
     assert [next(iter(share)).begin for share in free] == [0, 4]
 
 
+def set_data(weight: torch.Tensor, factor: float) -> None:
+    weight.data = weight * factor  # other memory, and by torch's count the same version
+
+
 def test_packed_copies_follow_their_weight_and_die_with_it() -> None:
     hidden, experts, indices, weights = layer(CASES[0], torch.float32, "cpu")
     packed = CpuTiles(prepacked=True)
-    run_tiles(hidden, experts, indices, weights, packed, pool_of(1))
-    experts.down.mul_(2.0)
-    found = run_tiles(hidden, experts, indices, weights, packed, pool_of(1))
-    assert error(found, moe_reference(hidden, experts, indices, weights)) <= 2e-5
+    for change in (torch.Tensor.mul_, set_data):
+        run_tiles(hidden, experts, indices, weights, packed, pool_of(1))
+        change(experts.down, 2.0)
+        found = run_tiles(hidden, experts, indices, weights, packed, pool_of(1))
+        assert error(found, moe_reference(hidden, experts, indices, weights)) <= 2e-5
     alive = weakref.ref(experts.down)
     del experts
     gc.collect()
     assert alive() is None
+
+
+def test_inference_mode_reaches_the_threads() -> None:
+    with torch.inference_mode():
+        given = layer(CASES[0], torch.float32, "cpu")
+        for tiles in (CpuTiles(fused=False), CpuTiles(prepacked=True)):
+            found = run_tiles(*given, tiles, pool_of(2))
+            assert error(found, moe_reference(*given)) <= 2e-5
+        given[1].down.mul_(2.0)  # weights that are made here have no count of changes
+        found = run_tiles(*given, CpuTiles(prepacked=True), pool_of(2))
+        assert error(found, moe_reference(*given)) <= 2e-5
 
 
 def test_the_routing_chooses_the_tiles() -> None:
