@@ -13,9 +13,17 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from ditune.db.moe import MoeShape
+from ditune.kernels.histograms import Kind, histogram
 from ditune.kernels.reference import Experts
+from ditune.tuner.drawn import tokens_of
+from ditune.tuner.moe import Routed
 
-ROUTINGS = ("balanced", "zipf", "one-hot", "hole")
+ROUTINGS: dict[str, Kind] = {  # names of the table
+    "balanced": "balanced",
+    "zipf": "zipf",
+    "one-hot": "best",
+    "hole": "hole",
+}
 _HIDDEN, _INNER, _TOP_K = 512, 1024, 2
 SIZES = {
     4: 2048,
@@ -23,7 +31,6 @@ SIZES = {
     64: 6144,
     128: 12288,
 }  # experts: tokens, 192 rows and more for each expert
-_ZIPF = 1.2  # exponent
 Layer = tuple[Tensor, Experts, Tensor, Tensor]
 Contestant = Callable[[], Tensor]
 
@@ -52,29 +59,21 @@ class Case:
         """Routed rows."""
         return self.tokens * _TOP_K
 
-    def counts(self) -> tuple[int, ...]:
-        """Return the rows of each expert."""
-        numbers = range(self.experts)
-        if self.routing == "one-hot":  # all tokens have the same experts
-            shares = [float(number < _TOP_K) for number in numbers]
-        elif self.routing == "hole":  # every other expert gets nothing
-            shares = [float(number % 2) for number in numbers]
-        elif self.routing == "zipf":
-            shares = [(number + 1) ** -_ZIPF for number in numbers]
-        else:
-            shares = [1.0] * self.experts
-        found = [int(self.rows * share / sum(shares)) for share in shares]
-        found[found.index(max(found))] += self.rows - sum(found)
-        return tuple(found)
+    @property
+    def routed(self) -> Routed:
+        """How its tokens are routed."""
+        return Routed(
+            str(self), self.tokens, histogram(self._kind, self.tokens, self.experts, _TOP_K)
+        )
+
+    @property
+    def _kind(self) -> Kind:
+        return ROUTINGS[self.routing]
 
     def layer(self, experts: Experts) -> Layer:
         """Return tokens, weights, indices and routing weights."""
-        source = torch.Generator().manual_seed(1)
-        flat = torch.arange(self.experts).repeat_interleave(torch.tensor(self.counts()))
-        order = torch.randperm(self.rows, generator=source)
-        hidden = torch.randn(self.tokens, _HIDDEN, generator=source)
-        weights = torch.rand(self.tokens, _TOP_K, generator=source)
-        return hidden, experts, flat[order].reshape(self.tokens, _TOP_K), weights
+        hidden, indices, weights = tokens_of(self.routed, self.shape, torch.device("cpu"))
+        return hidden, experts, indices, weights
 
 
 def cases(numbers: Sequence[int], *, quick: bool) -> Iterator[list[Case]]:
@@ -87,15 +86,6 @@ def cases(numbers: Sequence[int], *, quick: bool) -> Iterator[list[Case]]:
     for experts in numbers:
         tokens = SIZES[experts] // (4 if quick else 1)
         yield [Case(experts, tokens, routing) for routing in ROUTINGS]
-
-
-def weights_of(case: Case) -> Experts:
-    """Return the weights of a case."""
-    source = torch.Generator().manual_seed(0)
-    return Experts(
-        torch.randn(case.experts, 2 * _INNER, _HIDDEN, generator=source).mul_(_HIDDEN**-0.5),
-        torch.randn(case.experts, _HIDDEN, _INNER, generator=source).mul_(_INNER**-0.5),
-    )
 
 
 def dense(case: Case, experts: Experts, *, fresh: bool) -> Contestant:

@@ -9,6 +9,7 @@ caller. No figure here says anything about a GPU.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -20,19 +21,19 @@ from benchmarks._moe_layers import (
     cases,
     dense,
     peers,
-    weights_of,
 )
 from benchmarks.rows import Benchmark, Row, main
 
 from ditune.cli.sources import quieten_libraries
-from ditune.db.moe import CpuTiles, MoeTuning
+from ditune.db.moe import CpuTiles
 from ditune.db.records import Interval
 from ditune.kernels.cpu_pool import Pool, pool_of
 from ditune.kernels.cpu_tiles import run_tiles
 from ditune.kernels.reference import moe_reference
-from ditune.kernels.routing_bucket import routing_bucket
 from ditune.profiler.statistics import paired_speedup
-from ditune.tuner.moe_cpu import tune_cpu
+from ditune.tuner.drawn import experts_of
+from ditune.tuner.moe import Tuned
+from ditune.tuner.moe_cpu import timed
 
 _THREADS = 2
 _RAGGED = ("balanced", "zipf")  # routings that have to keep up with a dense GEMM
@@ -72,10 +73,10 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def _group(benchmark: Benchmark, group: list[Case], pairs: int) -> None:
     """Tune and time the cases that have the same weights."""
-    experts = weights_of(group[0])
-    one = tune_cpu(group[0].shape, [case.counts() for case in group], threads=1)
-    ragged = [case.counts() for case in group if case.routing in _RAGGED]
-    two = tune_cpu(group[0].shape, ragged, threads=_THREADS)
+    experts = experts_of(group[0].shape, torch.device("cpu"))
+    shape, ragged = group[0].shape, [case for case in group if case.routing in _RAGGED]
+    one = timed(shape, [case.routed for case in group], print, threads=1)
+    two = timed(shape, [case.routed for case in ragged], print, threads=_THREADS)
     for case in group:
         layer = case.layer(experts)
         _time_one(benchmark, case, layer, _tiles(one, case), pairs)
@@ -149,8 +150,9 @@ def _check(contestants: dict[str, Contestant], wanted: torch.Tensor) -> None:
         assert off <= _CLOSE, f"{name} differs from the reference by {off:.2g} of the largest value"
 
 
-def _tiles(tuning: MoeTuning, case: Case) -> CpuTiles:
-    tiles = tuning.tiles(routing_bucket(case.counts(), case.tokens))
+def _tiles(tuned: Sequence[Tuned], case: Case) -> CpuTiles:
+    bucket = case.routed.bucket
+    tiles = next(each.choice.tiles for each in tuned if each.choice.bucket == bucket)
     assert isinstance(tiles, CpuTiles)
     return tiles
 

@@ -24,7 +24,6 @@ from ditune.db.errors import UsageFault
 from ditune.db.moe import LayerTiles, MoeChoice, MoeShape, RoutingBucket, TileConfig
 from ditune.kernels.gemm import Gemm, layer_gemms
 from ditune.kernels.hardware import DeviceProperties, Gpu, calibrated, gpu_of_device
-from ditune.kernels.histograms import router_output
 from ditune.kernels.offline import compile_gemm, faults
 from ditune.kernels.reference import Experts
 from ditune.kernels.routing import Routing, route
@@ -32,6 +31,7 @@ from ditune.kernels.tile_space import sieve
 from ditune.kernels.triton_grouped_gemm import grouped_gemm
 from ditune.kernels.triton_moe import moe
 from ditune.kernels.variants import Variant
+from ditune.tuner.drawn import drawn, experts_of, tokens_of
 from ditune.tuner.moe import Progress, Routed, Tuned, by_tokens
 from ditune.tuner.race import race
 
@@ -132,7 +132,7 @@ def timed(
     Raises:
         UsageFault: The default tiles cannot compute the layer on this device.
     """
-    layer = _Layer.drawn(shape, bench)
+    layer = _Layer(shape, bench, experts_of(shape, bench.device))
     found: list[Tuned] = []
     for buckets in by_tokens(routed):
         everything = [each.counts for group in buckets.values() for each in group]
@@ -169,33 +169,12 @@ class _Layer:
     bench: Bench
     experts: Experts
 
-    @classmethod
-    def drawn(cls, shape: MoeShape, bench: Bench) -> _Layer:
-        """Draw weights that keep values near one."""
-        sizes = (
-            (shape.experts, 2 * shape.inner, shape.hidden),
-            (
-                shape.experts,
-                shape.hidden,
-                shape.inner,
-            ),
-        )
-        weights = [_drawn(size, shape, bench) / math.sqrt(size[-1]) for size in sizes]
-        return cls(shape, bench, Experts(*weights))
-
     def inputs(self, routed: Routed) -> _Inputs:
         """Draw what a routing brings."""
-        device = self.bench.device
-        indices, weights = router_output(routed.counts, self.shape.top_k)
-        hidden = _drawn((routed.tokens, self.shape.hidden), self.shape, self.bench)
-        rows = routed.tokens * self.shape.top_k
-        return _Inputs(
-            hidden,
-            indices.to(device),
-            weights.to(device, hidden.dtype),
-            route(indices.to(device), self.shape.experts),
-            _drawn((rows, self.shape.inner), self.shape, self.bench),
-        )
+        device, rows = self.bench.device, routed.tokens * self.shape.top_k
+        hidden, indices, weights = tokens_of(routed, self.shape, device)
+        gated = drawn((rows, self.shape.inner), self.shape, device)
+        return _Inputs(hidden, indices, weights, route(indices, self.shape.experts), gated)
 
     def tuned(
         self,
@@ -269,9 +248,3 @@ class _Layer:
         ]
         found = torch.cat(parts)
         return found if half == 0 else found * given.weights.reshape(-1)[slots, None].float()
-
-
-def _drawn(size: tuple[int, ...], shape: MoeShape, bench: Bench) -> Tensor:
-    generator = torch.Generator(bench.device).manual_seed(0)
-    dtype: torch.dtype = getattr(torch, shape.dtype)
-    return torch.randn(size, generator=generator, dtype=dtype, device=bench.device)

@@ -7,7 +7,7 @@ is what mistral.rs does when it loads (its pull request 2413).
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -16,7 +16,8 @@ from ditune.profiler.statistics import paired_speedup
 
 T = TypeVar("T", bound=Hashable)
 
-_HEATS = ((3, 8), (9, 2))  # rounds, and how many go on
+Heats = Sequence[tuple[int, int]]  # of each: rounds, and how many go on
+_HEATS: Heats = ((3, 8), (9, 2))
 _RUN_OFF = 30  # rounds
 
 
@@ -34,7 +35,11 @@ class Raced(Generic[T]):
 
 
 def race(
-    candidates: Sequence[T], default: T, timed: Callable[[T], float], run_off: int = _RUN_OFF
+    candidates: Iterable[T],
+    default: T,
+    timed: Callable[[T], float],
+    heats: Heats = _HEATS,
+    run_off: int = _RUN_OFF,
 ) -> Raced[T]:
     """Return the fastest candidate, if it is faster than the default beyond doubt.
 
@@ -45,19 +50,32 @@ def race(
         candidates: What else there is; the default may be among them.
         default: Takes part to the end.
         timed: Runs one once and returns what it took, > 0, in any unit.
-        run_off: Rounds of the best two and the default.
+        heats: What thins the candidates out.
+        run_off: Rounds of those that are left and the default.
     """
-    field = [each for each in dict.fromkeys(candidates) if each != default]
-    for rounds, places in _HEATS:
-        if len(field) > places:
-            times = _rounds(field, timed, rounds)
-            field = sorted(field, key=lambda each: statistics.median(times[each]))[:places]
+    field = heat([each for each in candidates if each != default], timed, heats)
     times = _rounds([default, *field], timed, run_off)
     best = min(times, key=lambda each: statistics.median(times[each]))
     speedup = paired_speedup(times[default], times[best])
     if speedup.ci95[0] > 1.0:
         return Raced(best, speedup)
     return Raced(default, Interval(median=1.0, ci95=(1.0, 1.0), n=run_off))
+
+
+def heat(candidates: Iterable[T], timed: Callable[[T], float], heats: Heats) -> list[T]:
+    """Return the candidates that go on after all heats; the fastest of a heat that ran comes first.
+
+    Args:
+        candidates: In any order; what is named twice runs once.
+        timed: As for `race`.
+        heats: One that would leave nobody out is not run.
+    """
+    field = list(dict.fromkeys(candidates))
+    for rounds, places in heats:
+        if len(field) > places:
+            times = _rounds(field, timed, rounds)
+            field = sorted(field, key=lambda each: statistics.median(times[each]))[:places]
+    return field
 
 
 def _rounds(field: Sequence[T], timed: Callable[[T], float], rounds: int) -> dict[T, list[float]]:

@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditune.tuner.race import race
+from ditune.tuner.race import heat, race
 
 NAMES = tuple(range(40))
 
@@ -58,3 +58,12 @@ def test_a_candidate_that_is_named_twice_or_is_the_default_runs_once_a_round() -
     log: list[int] = []
     race((1, 1, 0), 0, lambda each: log.append(each) or 1.0, run_off=5)  # type: ignore[func-returns-value]
     assert sorted(log) == [0] * 5 + [1] * 5
+
+
+def test_heats_thin_the_field_out_and_spend_little_on_the_slow() -> None:
+    log, timed = noisy({each: 1.0 + each / 10 for each in range(10)}, seed=0, noise=0.01)
+    left = heat((*range(9, -1, -1), 3), timed, ((2, 4), (3, 2)))  # type: ignore[arg-type]
+    assert left == [0, 1]
+    assert (log.count(9), log.count(0), len(log)) == (2, 5, 2 * 10 + 3 * 4)
+    assert heat((5, 4), timed, ((2, 4), (3, 2))) == [5, 4]  # type: ignore[arg-type]
+    assert len(log) == 32
