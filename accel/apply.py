@@ -8,7 +8,6 @@ Nothing outlives an episode, so an interrupted call cannot spoil the next one.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,10 +35,10 @@ from ditune.accel.residence import Offload, Residence, require_movable, weight_b
 from ditune.accel.sibling import Sibling
 from ditune.accel.spans import BlockStack
 from ditune.db.errors import DituneError, UsageFault
+from ditune.db.kill_switch import disabled
 from ditune.db.policy import Policy
 from ditune.db.records import Match
 
-DISABLE_VARIABLE = "DITUNE_DISABLE"
 _log = logging.getLogger("ditune")
 
 
@@ -201,7 +200,7 @@ class Applied:
         self, hook: ForwardHook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Do one forward of a denoiser: computed, reused, or done by the small model."""
-        if os.environ.get(DISABLE_VARIABLE) == "1":
+        if disabled():
             self._bring_back()
             return hook.whole(module, *args, **kwargs)
         latents = latents_of(args, kwargs)

@@ -183,7 +183,8 @@ def accelerate_experts(model: nn.Module, *, db: str | Path | None = None) -> App
 
     Layers are taken over one by one, each after a trial on a small random input; one whose output
     would differ by more than rounding stays as it is, and the summary says why. Routing stays the
-    model's. Calls that need gradients, or run under autocast, take the model's own code.
+    model's. Calls that need gradients, run under autocast, or find `DITUNE_DISABLE=1` in the
+    environment take the model's own code.
 
     Args:
         model: A transformer of transformers, or HiDream's or NucleusMoE's of diffusers, where it

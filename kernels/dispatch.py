@@ -13,6 +13,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
+from ditune.db.kill_switch import disabled
 from ditune.db.moe import CpuTiles, Dtype, LayerTiles, MoeShape, MoeTuning, Tiles
 from ditune.kernels.reference import Experts, moe_reference
 
@@ -111,8 +112,11 @@ def default_tuning(shape: MoeShape, device: torch.device) -> MoeTuning:
 def takes(hidden: Tensor, experts: Experts) -> bool:
     """Whether a call of a model's layer may go to the kernels; else the model's own code runs.
 
-    The kernels have no backward, know nothing of autocast, and do not mix dtypes.
+    The kernels have no backward, know nothing of autocast, and do not mix dtypes. A compiled graph
+    keeps what it was compiled with, whatever the switch says later.
     """
+    if not torch.compiler.is_compiling() and disabled():
+        return False
     same = hidden.dtype == experts.gate_up.dtype and hidden.device == experts.gate_up.device
     wanted = torch.is_grad_enabled() and (
         hidden.requires_grad or experts.gate_up.requires_grad or experts.down.requires_grad

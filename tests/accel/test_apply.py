@@ -10,9 +10,10 @@ from diffusers import WanPipeline
 from tests.conftest import two_experts
 from torch import nn
 
-from ditune.accel.apply import DISABLE_VARIABLE, accelerate
+from ditune.accel.apply import accelerate
 from ditune.accel.payload import History
 from ditune.db.errors import UsageFault
+from ditune.db.kill_switch import DISABLE_VARIABLE
 from ditune.db.policy import Action, Handoff, MaskCache, Payload, Policy, RuleCache
 
 STEPS = 12

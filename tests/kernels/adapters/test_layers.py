@@ -15,6 +15,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from transformers import PreTrainedModel
 
 from ditune.db.errors import UsageFault
+from ditune.db.kill_switch import DISABLE_VARIABLE
 from ditune.db.moe import CpuTiles, MoeShape, MoeTuning
 from ditune.kernels import dispatch
 from ditune.kernels.adapters import modules
@@ -250,6 +251,21 @@ def test_gradients_take_the_models_own_code(calls: Calls) -> None:
         tiny.call(model).sum().backward()
         assert calls.tunings == []
     assert all(layer.module.gate_up_proj.grad is not None for layer in layers)
+
+
+def test_the_kill_switch_takes_the_models_own_code(
+    tiny: Model, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.build()
+    wanted = outputs(tiny, model)
+    with attached(model):
+        calls.tunings.clear()
+        monkeypatch.setenv(DISABLE_VARIABLE, "1")
+        assert same(outputs(tiny, model), wanted)
+        assert calls.tunings == []
+        monkeypatch.setenv(DISABLE_VARIABLE, "0")
+        outputs(tiny, model)
+        assert len(calls.tunings) == tiny.layers
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # HiDream's norms
