@@ -9,6 +9,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= auto
 BIN := .venv/bin
 BASE := .venv/.installed-base
 DEV := .venv/.installed-dev
@@ -32,8 +33,8 @@ setup: $(DEV)  ## make .venv with everything for development
 tune: $(BASE)  ## tune the embedded miniature model: make tune ARGS="--trials 20"
 	$(BIN)/tune run --miniature --time-limit 4 $(ARGS)
 
-test: $(DEV)  ## run the tests: make test ARGS="tests/db -k lookup"
-	$(BIN)/python -m pytest $(ARGS)
+test: $(DEV)  ## run the tests, a process per core: make test ARGS="tests/db -k lookup" JOBS=0 uses one
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-gpu: $(DEV)  ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -16,12 +16,20 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 from torch import Tensor, nn
 
 STEPS = 12
 SERVER = "DITUNE_TEST_POSTGRES"  # the URL of an empty database; its tables are dropped
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")  # of tests in several processes, such as gw0
+
+
+def pytest_configure() -> None:
+    """Leave the other cores to the other processes, and to what they start."""
+    if WORKER:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,15 +51,31 @@ def no_users_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 @pytest.fixture
 def server_database() -> str:
-    """Return the URL of an empty PostgreSQL database."""
+    """Return the URL of an empty PostgreSQL database, of each process its own."""
     if SERVER not in os.environ:
         pytest.skip(f"needs the URL of a PostgreSQL database in {SERVER}")
     url = os.environ[SERVER]
+    if WORKER:
+        url = _beside(url)
     with create_engine(url, poolclass=NullPool).begin() as connection:
         for schema in ("public", "ditune_study"):
             connection.execute(text(f"DROP SCHEMA IF EXISTS {schema} CASCADE"))
         connection.execute(text("CREATE SCHEMA public"))
     return url
+
+
+def _beside(url: str) -> str:
+    """Return the URL of this process's database on the same server, which is made if missing."""
+    given = make_url(url)
+    name = f"{given.database}_{WORKER}"
+    engine = create_engine(given, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        known = connection.execute(
+            text("SELECT 1 FROM pg_database WHERE datname = :n"), {"n": name}
+        )
+        if known.first() is None:
+            connection.execute(text(f'CREATE DATABASE "{name}"'))
+    return given.set(database=name).render_as_string(hide_password=False)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
