@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -83,15 +84,16 @@ class _Rows:
         rows: Rows of all experts.
         active: Experts that have any.
         tiles: Rows of tiles.
-        again: Times that some expert's weight is read once more, because its rows of tiles are
-            more than one group.
+        experts: Experts by their rows of tiles, as pairs.
+        groups: Rows of all groups of tiles by how many rows of tiles a group has, as pairs.
     """
 
     height: int
     rows: int
     active: int
     tiles: int
-    again: int
+    experts: tuple[tuple[int, int], ...]
+    groups: tuple[tuple[int, int], ...]
 
 
 def matrix_path(config: TileConfig, dtype: Dtype, cc: int) -> str:
@@ -178,7 +180,7 @@ def predict(
     tiles = sum(kind.tiles for kind in kinds) * columns * config.split_k
     rows = sum(kind.rows for kind in kinds)
     padding = sum(kind.tiles * kind.height for kind in kinds) / rows if rows else 1.0
-    moved = _bytes(gemm, kinds, config, gpu)
+    moved = _bytes(gemm, kinds, config, gpu, gpu.sms * max(fit, 1))
     if fit == 0:
         times = (math.inf, math.inf, math.inf)
     elif tiles == 0:
@@ -234,28 +236,53 @@ def _kinds(counts: tuple[int, ...], block_m: int, low_m: int, group_m: int) -> t
 
 
 def _cut(height: int, counts: Sequence[int], group_m: int) -> _Rows:
-    tiles = [-(-count // height) for count in counts]
-    again = sum(-(-each // group_m) - 1 for each in tiles)
-    return _Rows(height, sum(counts), len(counts), sum(tiles), again)
+    experts, groups = Counter[int](), Counter[int]()
+    for count in counts:
+        whole, rest = divmod(count, height * group_m)
+        experts[-(-count // height)] += 1
+        groups[group_m] += whole * height * group_m
+        groups[-(-rest // height)] += rest
+    tiles = sum(each * number for each, number in experts.items())
+    held = tuple((each, rows) for each, rows in groups.items() if rows)
+    return _Rows(height, sum(counts), len(counts), tiles, tuple(experts.items()), held)
 
 
-def _bytes(gemm: Gemm, kinds: Sequence[_Rows], config: TileConfig, gpu: Gpu) -> int:
-    """Return the bytes that the device memory moves."""
+def _bytes(gemm: Gemm, kinds: Sequence[_Rows], config: TileConfig, gpu: Gpu, slots: int) -> int:
+    """Return the bytes that the device memory moves while `slots` programs run at a time.
+
+    What does not stay in the cache is read again, but programs that run at the same time ask for
+    the same at the same time, and it is read once for all of them.
+    """
     size = _ELEMENT_BYTES[gemm.dtype]
     l2 = gpu.l2_mb * 2**20
+    columns = math.ceil(gemm.n / config.block_n)
+    programs = columns * config.split_k  # of one row of tiles
     weight = gemm.n * gemm.k * size
     reads = sum(kind.active for kind in kinds)
     if weight > 0.5 * l2:  # it is gone from the cache when the next group of tiles asks for it
-        reads += sum(kind.again for kind in kinds)
+        reads = sum(
+            number * min(-(-each // config.group_m), _most_waves(each * programs, slots))
+            for kind in kinds
+            for each, number in kind.experts
+        )
     rows = sum(kind.rows for kind in kinds)
     read = rows * gemm.k * size
     if read > 0.3 * l2:  # rows are asked for by every column of tiles, and do not all stay
-        columns = math.ceil(gemm.n / config.block_n) * config.block_n
-        read *= max(1, math.ceil(columns * gemm.k * size / (0.5 * l2)))
+        often = math.ceil(columns * config.block_n * gemm.k * size / (0.5 * l2))
+        read = sum(
+            held * gemm.k * size * min(often, _most_waves(each * programs, slots))
+            for kind in kinds
+            for each, held in kind.groups
+        )
     written = rows * gemm.n * size
     if config.split_k > 1:  # a guess: every sum passes the memory once, and twice more to be cast
         written += rows * gemm.n * 4 * (config.split_k + 2)
     return reads * weight + read + written
+
+
+def _most_waves(programs: int, slots: int) -> int:
+    """Return the most waves that programs with successive numbers, one at least, can lie in."""
+    return 1 + math.ceil((programs - 1) / slots)
 
 
 def _in_flight(gemm: Gemm, kinds: Sequence[_Rows], config: TileConfig) -> float:

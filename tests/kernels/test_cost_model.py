@@ -128,6 +128,51 @@ def test_published_times_are_off_by_what_is_stated(source: str, expected: float)
     assert expected == round(error_factor(points), 2)
 
 
+@pytest.mark.parametrize(
+    ("size", "slots", "often"),
+    [
+        ((28672, 4096), 1, 3),  # 2 by 112 tiles of an expert, 132 at a time: 3 waves at most
+        ((4096, 14336), 1, 2),  # 2 by 16 tiles: all in one wave, or in two neighbours
+        ((28672, 4096), 2, 2),  # 264 at a time
+        ((2560, 4096), 1, 1),  # the whole weight stays in the cache
+    ],
+)
+def test_rows_are_read_once_for_all_programs_that_run_together(
+    size: tuple[int, int], slots: int, often: int
+) -> None:
+    counts, (n, k) = (256,) * 64, size
+    small = Resources(100, 100_000)
+    tiles = config((128, 256, 64, 8, 3), persistent=slots)
+    found = predict(gemm(counts, n, k), counts, tiles, GPUS["h100"], small)
+    rows = sum(counts)
+    assert found.occupancy == slots
+    assert found.bytes == 2 * (64 * n * k + often * rows * k + rows * n)
+
+
+def test_weights_are_read_by_groups_but_once_for_all_that_run_together() -> None:
+    counts, n, k = (640, 256), 5120, 3584
+    tiles = config((128, 256, 64, 8, 3), group_m=1)
+    found = predict(gemm(counts, n, k), counts, tiles, GPUS["h200"])
+    # 5 groups are 100 tiles, 132 of them run at a time: two waves at most; 2 groups as they are
+    assert found.bytes == 2 * ((2 + 2) * n * k + sum(counts) * (k + n))
+
+
+@pytest.mark.parametrize(
+    ("counts", "tile", "us"),
+    [
+        ((512,) * 64, (128, 256, 64, 8, 3), 2065),
+        ((4096,) * 8 + (0,) * 56, (128, 256, 64, 8, 3), 1972),
+        ((128,) * 8 + (0,) * 56, (16, 128, 128, 4, 4), 361),
+    ],
+)
+def test_tiles_without_groups_take_about_what_was_measured(
+    counts: Counts, tile: Tile, us: float
+) -> None:
+    # on an H200; were every row of tiles to read its weight alone, it would be 24 to 60 % more
+    found = predict(gemm(counts, 5120, 3584), counts, config(tile, group_m=1), GPUS["h200"])
+    assert 0.8 < found.us / us < 1.1
+
+
 def test_there_are_35_published_times() -> None:
     assert len(POINTS) == 35
 
