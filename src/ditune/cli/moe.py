@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 from rich.console import Console
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     import torch
 
     from ditune.kernels.hardware import Gpu
+    from ditune.kernels.histograms import Kind
     from ditune.tuner.moe import Progress, Routed, Tuned
 
-_ROUTINGS = ("balanced", "zipf", "best", "worst", "hole")
-_DTYPES = ("bfloat16", "float16", "float32")
+_DTYPES: dict[str, Dtype] = {name: name for name in get_args(Dtype)}
 
 
 def moe(
@@ -69,6 +69,7 @@ def moe(
     tuned has the default tiles. ditune.accelerate_experts(model) puts them to use.
     """
     from ditune.db.store import Store
+    from ditune.tuner.moe import keep
 
     place = _place(target, device)
     layers = _shapes(model, shape, _dtype(dtype, place))
@@ -80,7 +81,7 @@ def moe(
         for each, routed in wanted.items():
             with console.status("tuning") as status:
                 found[each] = _tuned(each, routed, place, lambda w: status.update(f"tuning: {w}"))
-            _keep(store, hardware, each, found[each])
+            keep(store.moe, hardware, each, found[each])
     if json_output:
         sources.print_json(_as_json(hardware, layers, found))
         return
@@ -111,10 +112,9 @@ def _place(target: str | None, device: str | None) -> Gpu | torch.device:
 
 def _dtype(asked: str | None, place: Gpu | torch.device) -> Dtype:
     name = asked or ("float32" if getattr(place, "type", "") == "cpu" else "bfloat16")
-    for known in _DTYPES:
-        if name == known:
-            return known  # type: ignore[return-value]
-    raise UsageFault(f"--dtype {name} is unknown; use one of {', '.join(_DTYPES)}")
+    if name not in _DTYPES:
+        raise UsageFault(f"--dtype {name} is unknown; use one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def _shapes(model: str | None, shape: str | None, dtype: Dtype) -> dict[MoeShape, int]:
@@ -148,10 +148,17 @@ def _routed(
         if tokens or kinds:
             raise UsageFault("--routings has its own tokens: leave --tokens and --routing out")
         return read_routings(file, shape)
-    for kind in kinds or ():
-        if kind not in _ROUTINGS:
-            raise UsageFault(f"--routing {kind} is unknown; use one of {', '.join(_ROUTINGS)}")
-    return kinds_of_routing(shape, tokens or (1024,), kinds or _ROUTINGS[:2])  # type: ignore[arg-type]
+    return kinds_of_routing(shape, tokens or (1024,), _kinds(kinds or ("balanced", "zipf")))
+
+
+def _kinds(names: Sequence[str]) -> tuple[Kind, ...]:
+    from ditune.kernels.histograms import KINDS
+
+    known: dict[str, Kind] = {kind: kind for kind in KINDS}
+    for name in names:
+        if name not in known:
+            raise UsageFault(f"--routing {name} is unknown; use one of {', '.join(known)}")
+    return tuple(known[name] for name in names)
 
 
 def _tuned(
@@ -177,13 +184,6 @@ def _hardware(place: Gpu | torch.device) -> Hardware:
     from ditune.kernels.hardware import Gpu, any_device
 
     return any_device(place) if isinstance(place, Gpu) else fingerprint.hardware(place)
-
-
-def _keep(store: object, hardware: Hardware, shape: MoeShape, found: Sequence[Tuned]) -> None:
-    """Store what was found, with what is known of other buckets and still holds."""
-    from ditune.tuner.moe import keep
-
-    keep(store.moe, hardware, shape, found)  # type: ignore[attr-defined]
 
 
 def _as_json(
