@@ -119,8 +119,8 @@ def timed(
         trial = _Trial(shape, experts, group[0].counts, source)
         run = partial(run_tiles, *trial.given, choice.tiles, pool)
         us = 1e6 * statistics.median(pool.makespan(run) for _ in range(_SHOWN))
-        note = f"CPU time on {pool.size} threads, the busiest counts"
-        found.append(Tuned(choice, tuple(each.name for each in group), us, note))
+        busy = "1 thread" if pool.size == 1 else f"{pool.size} threads, the busiest counts"
+        found.append(Tuned(choice, tuple(each.name for each in group), us, f"CPU time on {busy}"))
     return tuple(found)
 
 

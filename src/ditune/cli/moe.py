@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ditune.tuner.moe import Progress, Routed, Tuned
 
 _DTYPES: dict[str, Dtype] = {name: name for name in get_args(Dtype)}
+_WANTED = "a MODEL, or --shape EXPERTS,HIDDEN,INNER,TOP_K"
 
 
 def moe(
@@ -48,7 +49,7 @@ def moe(
     ] = None,
     routings: Annotated[
         Path | None,
-        typer.Option("--routings", help='A JSON file of real ones: {"name": [rows, ...]}.'),
+        typer.Option("--routings", help=r'A JSON file of real ones: {"name": \[rows, ...]}.'),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -58,7 +59,12 @@ def moe(
         str | None,
         typer.Option("--for", metavar="GPU", help="A GPU that is elsewhere, such as h100."),
     ] = None,
-    device: sources.Device = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device", help="Where to time: cpu, or cuda:1 (default: a GPU if one is here)."
+        ),
+    ] = None,
     db: sources.Database = None,
     json_output: sources.Json = False,
 ) -> None:
@@ -119,20 +125,33 @@ def _dtype(asked: str | None, place: Gpu | torch.device) -> Dtype:
 
 def _shapes(model: str | None, shape: str | None, dtype: Dtype) -> dict[MoeShape, int]:
     """Return the shapes to tune, and how many layers of the model have each."""
-    if (model is None) == (shape is None):
-        raise UsageFault("say what to tune: a MODEL, or --shape EXPERTS,HIDDEN,INNER,TOP_K")
+    if model is not None and shape is not None:
+        raise UsageFault(f"say what to tune: {_WANTED}; both were given, {model} and {shape}")
     if model is not None:
         from ditune.tuner.moe_shapes import shapes_of
 
         sources.quieten_libraries()
         return shapes_of(model, dtype)
-    assert shape is not None
-    parts = shape.split(",")
-    if len(parts) != 4 or not all(part.strip().isdigit() and int(part) for part in parts):
-        raise UsageFault(f"--shape {shape}: four whole numbers, such as 64,2048,1408,6")
+    if shape is None:
+        raise UsageFault(f"say what to tune: {_WANTED}; neither was given")
+    return {_shape(shape, dtype): 1}
+
+
+def _shape(text: str, dtype: Dtype) -> MoeShape:
+    """Return the shape that `--shape` names."""
+    parts = text.split(",")
+    if len(parts) != 4 or not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise UsageFault(
+            f"--shape {text} must be four whole numbers > 0, EXPERTS,HIDDEN,INNER,TOP_K, such as "
+            "64,2048,1408,6"
+        )
     experts, hidden, inner, top_k = map(int, parts)
-    found = MoeShape(experts=experts, hidden=hidden, inner=inner, top_k=top_k, dtype=dtype)
-    return {found: 1}
+    if top_k > experts:
+        raise UsageFault(
+            f"--shape {text}: a token cannot have {top_k} different experts of {experts}; give at "
+            f"most {experts} as TOP_K"
+        )
+    return MoeShape(experts=experts, hidden=hidden, inner=inner, top_k=top_k, dtype=dtype)
 
 
 def _routed(
