@@ -13,6 +13,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from ditune.db.errors import UsageFault
 from ditune.db.moe import MoeShape, TileConfig
 from ditune.kernels.gemm import Gemm
 from ditune.kernels.hardware import GPUS
@@ -44,13 +45,15 @@ class Clock:
         return sum(self._costs.get(each, 100.0) for each in tiles)
 
 
-def off_by_a_percent(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a grouped GEMM of which one configuration is miscompiled."""
+def miscompiled(config: TileConfig) -> Callable[..., Tensor]:
+    """Return the grouped GEMM, off by a percent with one configuration."""
+
+    original: Callable[..., Tensor] = grouped_gemm
 
     def computed(*given: object) -> Tensor:
-        out, variants = compute(*given), given[3]
+        out, variants = original(*given), given[3]
         assert isinstance(variants, tuple)
-        return out * 1.01 if variants[0].config == WRONG else out
+        return out * 1.01 if variants[0].config == config else out
 
     return computed
 
@@ -77,7 +80,18 @@ def raced(routed: Sequence[Routed], costs: dict[TileConfig, float]) -> dict[str,
     }
 
 
+def refused(routed: Sequence[Routed]) -> str:
+    """Return why nothing is raced."""
+    try:
+        raced(routed, COSTS)
+    except UsageFault as fault:
+        return str(fault)
+    return ""
+
+
 if __name__ == "__main__":
     many = kinds_of_routing(SHAPE, (16, 24, 32), ("balanced", "best"))
-    with patch.object(moe_gpu, "grouped_gemm", off_by_a_percent(grouped_gemm)):
-        print(json.dumps({"fast": raced(many, COSTS), "flat": raced(many[:1], {})}))
+    with patch.object(moe_gpu, "grouped_gemm", miscompiled(WRONG)):
+        found = {"fast": raced(many, COSTS), "flat": raced(many[:1], {})}
+    with patch.object(moe_gpu, "grouped_gemm", miscompiled(TileConfig())):
+        print(json.dumps({**found, "refused": refused(many[:1])}))

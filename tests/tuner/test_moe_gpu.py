@@ -79,6 +79,11 @@ def test_what_is_compiled_is_what_the_sieve_leaves_for_each_number_of_tokens(
     assert all(note.count("4 compiled well") == 2 for note in races["fast"]["notes"])
 
 
+def test_a_device_on_which_the_default_is_wrong_is_refused(races: dict[str, Any]) -> None:
+    assert "default tiles cannot compute 4 experts of 32 to 32, 2 per token" in races["refused"]
+    assert "on this a100" in races["refused"]
+
+
 @pytest.mark.gpu
 def test_a_small_layer_is_tuned_on_a_device_and_computed_right() -> None:
     shape = MoeShape(experts=8, hidden=256, inner=512, top_k=2, dtype="bfloat16")
