@@ -31,6 +31,7 @@ from ditune.db.moe import (
     TileConfig,
     TilePath,
 )
+from ditune.kernels.histograms import histogram
 from ditune.kernels.reference import Experts, moe_reference
 from ditune.kernels.routing import Routing, route
 from ditune.kernels.routing_bucket import routing_bucket
@@ -59,16 +60,15 @@ class Shape:
         return self.tokens * self.top_k
 
     def counts(self, routing: str) -> list[int]:
-        """Return the rows of each expert under a routing."""
-        if routing == "balanced":
-            return [self.rows // self.experts] * self.experts
-        if routing == "best":  # all tokens have the same experts
-            return [self.tokens] * self.top_k + [0] * (self.experts - self.top_k)
-        if routing == "worst":  # most have one row, the rest share what is left
-            few = self.experts - self.top_k
-            each, more = divmod(self.rows - few, self.top_k)
-            return [each + (i < more) for i in range(self.top_k)] + [1] * few
-        shares = [1.0 / (rank + 1) for rank in range(self.experts)]  # zipf
+        """Return the rows of each expert under a routing.
+
+        "zipf" is not that of `histogram`: r ** -1, and an expert may have more rows than there are
+        tokens. Times under it are recorded by this name, and the model is held against them.
+        """
+        for kind in ("balanced", "best", "worst"):
+            if routing == kind:
+                return list(histogram(kind, self.tokens, self.experts, self.top_k))
+        shares = [1.0 / (rank + 1) for rank in range(self.experts)]
         found = [int(self.rows * share / sum(shares)) for share in shares]
         found[0] += self.rows - sum(found)
         return found

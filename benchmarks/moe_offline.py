@@ -18,14 +18,14 @@ from benchmarks.gpu_moe import Shape
 from benchmarks.published_moe import POINTS, SOURCES, Point, error_factor, grid_best_us
 from benchmarks.rows import Benchmark, Row, main
 
-from ditune.db.errors import UsageFault
 from ditune.db.moe import MoeShape, TileConfig
-from ditune.kernels.cost_model import Resources, predict
+from ditune.kernels.cost_model import predict
 from ditune.kernels.gemm import Gemm, layer_gemms
 from ditune.kernels.hardware import GPUS
-from ditune.kernels.offline import compile_gemm, faults
+from ditune.kernels.offline import compile_gemm
 from ditune.kernels.shipped import choose
 from ditune.kernels.tile_space import sieve
+from ditune.tuner.moe_offline import compiler
 
 TOKENS = 8192
 GPU = GPUS["h100"]
@@ -75,15 +75,7 @@ def _add_gemm(benchmark: Benchmark, name: str, gemm: Gemm, limit: int) -> None:
     """
     rows = TOKENS * gemm.top_k
     counts = (rows // gemm.experts,) * gemm.experts
-    arch = GPU.cc
-
-    def compiled(config: TileConfig) -> Resources:
-        found = compile_gemm(gemm, config, arch)
-        if wrong := faults(found, config, arch):
-            raise UsageFault("; ".join(wrong))
-        return Resources(found.registers, found.shared_bytes)
-
-    shipped = choose(gemm, [[counts]], GPU, compiled, limit).best[0]
+    shipped = choose(gemm, [[counts]], GPU, compiler(gemm, GPU), limit).best[0]
     dense = grid_best_us(Gemm(1, gemm.n, gemm.k, 1, gemm.dtype, gemm.gather), (rows,), GPU)
     moved = 2 * (gemm.experts * gemm.n * gemm.k + rows * (gemm.k + gemm.n))
     floor = max(dense, moved / (GPU.copy_share * GPU.gigabytes_per_s * 1e3))
@@ -95,7 +87,7 @@ def _add_gemm(benchmark: Benchmark, name: str, gemm: Gemm, limit: int) -> None:
     benchmark.add(_predicted(row, "<= 1.03", ratio <= 1.03))
     peak = 2 * rows * gemm.n * gemm.k / shipped.us / 1e6 / GPU.teraflops
     benchmark.add(_predicted(Row(f"{name}: share of the data sheet's peak", peak, "")))
-    kernel = compile_gemm(gemm, shipped.config, arch)
+    kernel = compile_gemm(gemm, shipped.config, GPU.cc)
     label = f"{name}: spilled, {kernel.registers} registers"
     held = kernel.spill_bytes == 0
     benchmark.add(Row(label, kernel.spill_bytes, "bytes", "0", held, status="compiled"))

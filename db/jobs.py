@@ -25,8 +25,9 @@ from ditune.db.asker import sole_asker
 from ditune.db.engine import sqlite_file
 from ditune.db.errors import UsageFault
 from ditune.db.parsing import parse
+from ditune.db.record import now
 from ditune.db.records import Job, Trial
-from ditune.db.rows import body, insert_new, keep_trial, now
+from ditune.db.rows import body, insert_new, keep_trial
 from ditune.db.schema import JobRow, SearchRow, StudyRow, TrialRow
 from ditune.db.transactions import Transactions
 

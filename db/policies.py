@@ -8,8 +8,9 @@ from sqlalchemy.orm import Session
 from ditune.db.errors import CorruptData, UsageFault
 from ditune.db.parsing import address_of, parse, parse_addressed
 from ditune.db.policy import Policy
+from ditune.db.record import now
 from ditune.db.records import SCHEMA_VERSION, Evidence, Hardware, PolicyFile, Software, Workload
-from ditune.db.rows import body, insert_new, now, save_facts
+from ditune.db.rows import body, insert_new, save_facts
 from ditune.db.schema import (
     ActiveHistoryRow,
     ActiveRow,

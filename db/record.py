@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -19,3 +20,8 @@ class Record(BaseModel):
     """A strict, frozen value without NaN; content addresses are taken of these."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def now() -> str:
+    """Return the time as a `Timestamp`, in UTC; all have the same digits, so their texts sort."""
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

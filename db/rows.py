@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy.dialects import postgresql, sqlite
@@ -69,8 +68,3 @@ def keep_trial(session: Session, trial: Trial) -> None:
 def body(record: Record) -> str:
     """Return a record as the JSON that is stored; unlike the digest's, it has the None fields."""
     return record.model_dump_json()
-
-
-def now() -> str:
-    """Return the time as the records write it, in UTC."""
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

@@ -26,6 +26,7 @@ from ditune.db.errors import CorruptData, UsageFault
 from ditune.db.files import write_atomically
 from ditune.db.jobs import Jobs
 from ditune.db.parsing import parse
+from ditune.db.record import now
 from ditune.db.records import (
     Artifact,
     Hardware,
@@ -36,7 +37,7 @@ from ditune.db.records import (
     Trial,
     Workload,
 )
-from ditune.db.rows import body, insert_new, keep_trial, now, save_facts
+from ditune.db.rows import body, insert_new, keep_trial, save_facts
 from ditune.db.schema import (
     ActiveRow,
     ArtifactRow,

@@ -21,8 +21,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ditune.db.moe import Dtype, LayerTiles, MoeShape, TileConfig
-from ditune.kernels.gemm import Gemm, layer_gemms
+from ditune.kernels.gemm import ITEM_BYTES, Gemm, layer_gemms
 from ditune.kernels.hardware import Gpu
+from ditune.kernels.matrix_path import matrix_path, path_of
 
 _LATENCY_US = 0.75  # of one load from device memory, what stages hide
 _MMA_SYNC_SHARE = 0.55 / 0.80  # of a dense GEMM's rate on Hopper: its old instructions are slower
@@ -31,8 +32,6 @@ _OVERLAP = 0.15  # of the shorter of compute and memory time that is not hidden
 _ELEMENTWISE_SHARE = 0.7  # of the bandwidth, between the two GEMMs of a layer
 _SMALL_LAUNCHES_US = 4 * 3.0  # routing, activation and combination of a layer
 _REGISTERS = 65536  # of an SM
-_WIDE_PATHS = {90: "HGMMA", 100: "UTCHMMA"}
-_ELEMENT_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -96,20 +95,6 @@ class _Rows:
     groups: tuple[tuple[int, int], ...]
 
 
-def matrix_path(config: TileConfig, dtype: Dtype, cc: int) -> str:
-    """Return the matrix instruction that a tile is compiled to, by its name in the binary.
-
-    Args:
-        config: The tile; transposed, its columns count as rows.
-        dtype: Of the operands; float32 is computed without matrix instructions.
-        cc: Compute capability, 90 for 9.0.
-
-    Returns:
-        "HGMMA" (sm_90) and "UTCHMMA" (sm_100) from 64 rows on, else "HMMA"; "FFMA" for float32.
-    """
-    return _path(config.block_n if config.swap_ab else config.block_m, dtype, cc)
-
-
 def estimate(config: TileConfig, dtype: Dtype, cc: int) -> Resources:
     """Return what a program will need, without compiling it.
 
@@ -124,7 +109,7 @@ def estimate(config: TileConfig, dtype: Dtype, cc: int) -> Resources:
     path = matrix_path(config, dtype, cc)
     buffers = config.num_stages - (path in ("HMMA", "FFMA"))  # one stage lies in registers there
     sides = config.block_m + config.block_n
-    shared = sides * config.block_k * _ELEMENT_BYTES[dtype] * buffers
+    shared = sides * config.block_k * ITEM_BYTES[dtype] * buffers
     if config.path != "ptr":
         shared += 24 + 8 * config.num_stages
     threads = 32 * config.num_warps
@@ -214,16 +199,8 @@ def predict_layer(shape: MoeShape, counts: Sequence[int], tiles: LayerTiles, gpu
 def between_us(shape: MoeShape, rows: int, gpu: Gpu) -> float:
     """Return the time of a layer's work outside its GEMMs: routing, activation, combination."""
     values = rows * 3 * shape.inner + rows * shape.hidden + rows // shape.top_k * shape.hidden
-    moved = values * _ELEMENT_BYTES[shape.dtype]
+    moved = values * ITEM_BYTES[shape.dtype]
     return moved / (_ELEMENTWISE_SHARE * gpu.gigabytes_per_s * 1e3) + _SMALL_LAUNCHES_US
-
-
-def _path(wide: int, dtype: Dtype, cc: int) -> str:
-    if dtype == "float32":
-        return "FFMA"
-    if wide < 64:
-        return "HMMA"
-    return _WIDE_PATHS.get(cc, "HMMA")
 
 
 @functools.lru_cache(maxsize=4096)  # a grid has hundreds of tiles, but few heights
@@ -253,7 +230,7 @@ def _bytes(gemm: Gemm, kinds: Sequence[_Rows], config: TileConfig, gpu: Gpu, slo
     What does not stay in the cache is read again, but programs that run at the same time ask for
     the same at the same time, and it is read once for all of them.
     """
-    size = _ELEMENT_BYTES[gemm.dtype]
+    size = ITEM_BYTES[gemm.dtype]
     l2 = gpu.l2_mb * 2**20
     columns = math.ceil(gemm.n / config.block_n)
     programs = columns * config.split_k  # of one row of tiles
@@ -289,7 +266,7 @@ def _in_flight(gemm: Gemm, kinds: Sequence[_Rows], config: TileConfig) -> float:
     """Return the bytes that one program has asked for and waits for, the mean over all tiles."""
     tiles = sum(kind.tiles for kind in kinds)
     height = sum(kind.tiles * kind.height for kind in kinds) / tiles
-    step = (height + config.block_n) * config.block_k * _ELEMENT_BYTES[gemm.dtype]
+    step = (height + config.block_n) * config.block_k * ITEM_BYTES[gemm.dtype]
     return max(config.num_stages - 1, 1) * step
 
 
@@ -316,7 +293,7 @@ def _compute_us(
 
 def _tile_us(gemm: Gemm, height: int, config: TileConfig, gpu: Gpu, together: int) -> float:
     """Return how long one program takes while `together` of them share an SM."""
-    size = _ELEMENT_BYTES[gemm.dtype]
+    size = ITEM_BYTES[gemm.dtype]
     step, l2 = _step(gemm.dtype, height, config, gpu), _L2_SHARE * 64 * gpu.mhz
     read = (height + config.block_n) * config.block_k * size
     each = max(
@@ -334,13 +311,13 @@ def _step(dtype: Dtype, height: int, config: TileConfig, gpu: Gpu) -> float:
     wide, narrow = height, config.block_n
     if config.swap_ab:
         wide, narrow = narrow, wide
-    path = _path(wide, dtype, gpu.cc)
+    path = path_of(wide, config.num_warps, dtype, gpu.cc)
     rows = max(wide, {"HGMMA": 64, "UTCHMMA": 128}.get(path, 16))
     if path == "HGMMA":
         fed = float(rows + narrow)
     else:
         fed = rows * narrow / min(narrow, 64) + narrow * max(1.0, rows / 64)
-    feed = fed * config.block_k * _ELEMENT_BYTES[dtype]
+    feed = fed * config.block_k * ITEM_BYTES[dtype]
     products = 2 * rows * narrow * config.block_k / _flops_per_us(path, gpu)
     return max(products, feed / (128 * gpu.mhz))
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from ditune.db.moe import Dtype, MoeShape
 
+ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
 
 @dataclass(frozen=True)
 class Gemm:

@@ -61,8 +61,11 @@ class DeviceProperties(Protocol):
     shared_memory_per_block_optin: int
 
 
-_BIG = (228 * 1024, 232_448, 64)  # shared memory per SM and per program, warps per SM
-_SMALL = (100 * 1024, 101_376, 48)
+# Bytes of shared memory that a program may have, by architecture. Source: CUDA programming guide.
+SHARED_LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+_AMPERE = (164 * 1024, SHARED_LIMITS[80], 64)  # shared memory of an SM, of a program; warps per SM
+_BIG = (228 * 1024, SHARED_LIMITS[90], 64)
+_SMALL = (100 * 1024, SHARED_LIMITS[89], 48)
 
 # Sources: A100, H100, H800 and L40S from data sheets, by memory; H20, B200 and RTX 4090 from public
 # specification pages; H100 and H200 agree with devices that were measured (798 and 803 dense
@@ -70,7 +73,7 @@ _SMALL = (100 * 1024, 101_376, 48)
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 80, 108, 1410, 312.0, 2039, 40, 164 * 1024, 166_912, 64, 80, 0.86),
+        Gpu("a100", 80, 108, 1410, 312.0, 2039, 40, *_AMPERE, 80, 0.86),
         Gpu("h100", 90, 132, 1830, 989.4, 3352, 50, *_BIG, 80, 0.80),
         Gpu("h800", 90, 132, 1830, 989.4, 3352, 50, *_BIG, 80, 0.80),
         Gpu("h20", 90, 78, 1830, 148.0, 4000, 60, *_BIG, 96, 0.80 * 1.18),

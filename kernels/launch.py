@@ -7,11 +7,10 @@ from collections.abc import Iterator
 
 from ditune.db.errors import UsageFault
 from ditune.db.moe import TileConfig
-from ditune.kernels.gemm import Gemm
+from ditune.kernels.gemm import ITEM_BYTES, Gemm
 from ditune.kernels.task_map import ceil_div
 
 MOST_EXPERTS = 1024  # a program loads the whole prefix at once
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _TMA_BOX = 256  # elements of a side of what one descriptor reads
 _INT32 = 2**31
 

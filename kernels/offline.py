@@ -23,14 +23,13 @@ from triton.runtime import JITFunction
 from ditune.db.errors import UsageFault
 from ditune.db.moe import TileConfig
 from ditune.kernels.gemm import Gemm
+from ditune.kernels.hardware import SHARED_LIMITS
 from ditune.kernels.launch import checked, constants, options
+from ditune.kernels.matrix_path import matrix_path
 from ditune.kernels.triton_tiles import grouped_gemm_kernel
 
-# Bytes of shared memory that a program may have, by architecture. Source: CUDA programming guide.
-SHARED_LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 _POINTERS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _MATRIX = ("HMMA", "HGMMA", "UTCHMMA")  # the mma.sync, wgmma and tcgen05 families
-_FAST = {90: "HGMMA", 100: "UTCHMMA"}
 _MNEMONIC = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
@@ -88,16 +87,6 @@ def compile_gemm(gemm: Gemm, config: TileConfig, arch: int) -> Compiled:
     return _inspected(found)
 
 
-def expected_mma(config: TileConfig, arch: int) -> str:
-    """Return the fastest matrix instruction that tiles of full height can have, for 16-bit floats.
-
-    The instructions of sm_90 and sm_100 are 64 wide: rows stand there, or columns where swapped.
-    """
-    wide = config.block_n if config.swap_ab else config.block_m
-    fast = arch in _FAST and wide >= 64 and config.num_warps % 4 == 0
-    return _FAST[arch] if fast else "HMMA"
-
-
 def faults(compiled: Compiled, config: TileConfig, arch: int) -> tuple[str, ...]:
     """Return what is wrong with a compiled configuration, a sentence each; nothing if it may run.
 
@@ -117,7 +106,7 @@ def faults(compiled: Compiled, config: TileConfig, arch: int) -> tuple[str, ...]
             f"{compiled.shared_bytes} bytes of shared memory pass the {SHARED_LIMITS[arch]} of "
             f"sm_{arch}: use fewer stages or smaller tiles"
         )
-    wanted = expected_mma(config, arch)
+    wanted = matrix_path(config, "bfloat16", arch)  # float32 has none: `mma` is empty
     if compiled.mma and wanted not in compiled.mma.split("+"):
         found.append(f"matrix instructions are {compiled.mma} where sm_{arch} has {wanted}")
     if config.path != "ptr" and not compiled.tma:

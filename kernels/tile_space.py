@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 from ditune.db.errors import UsageFault
 from ditune.db.moe import TileConfig, TilePath
-from ditune.kernels.cost_model import estimate, matrix_path, occupancy, predict
-from ditune.kernels.gemm import Gemm
+from ditune.kernels.cost_model import estimate, occupancy, predict
+from ditune.kernels.gemm import ITEM_BYTES, Gemm
 from ditune.kernels.hardware import Gpu
+from ditune.kernels.matrix_path import matrix_path
 
 BLOCK_M = (16, 32, 64, 128)
 BLOCK_N = (32, 64, 128, 256)
@@ -109,7 +110,7 @@ def seeds(gemm: Gemm, rows: int, active: int, gpu: Gpu) -> tuple[TileConfig, ...
         `opt_flags_nvidia.py`, without its split depth.
     """
     tokens, each = rows / gemm.top_k, rows / max(active, 1)
-    size = 4 if gemm.dtype == "float32" else 2
+    size = ITEM_BYTES[gemm.dtype]
     learnt = TileConfig(
         block_m=next((m for most, m in ((32, 16), (96, 32), (512, 64)) if tokens <= most), 128),
         block_n=64 if tokens <= 64 else 128,
@@ -182,7 +183,7 @@ def sieve(gemm: Gemm, histograms: Sequence[Histogram], gpu: Gpu, limit: int = 40
 
 
 def _paths(gemm: Gemm, gpu: Gpu) -> tuple[TilePath, ...]:
-    size = 4 if gemm.dtype == "float32" else 2
+    size = ITEM_BYTES[gemm.dtype]
     if gpu.cc < 90 or gemm.k * size % 16:  # older ones turn descriptors into slow pointers
         return ("ptr",)
     return ("ptr", "tma_weights") if gemm.gather else ("ptr", "tma_weights", "tma")

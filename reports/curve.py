@@ -22,6 +22,7 @@ from ditune.reports.words import (
     interval,
     memory,
     metric_label,
+    moment,
     number,
     policy_in_brief,
     unit_of,
@@ -154,7 +155,7 @@ def _conditions(curve: Curve) -> list[tuple[str, str]]:
         ("proved", f"{len(curve.points)} policies on {curve.proof_videos} further videos each"),
         ("cost", cost_in_words(curve.cost)),
         ("study", curve.study),
-        ("when", curve.created_at),
+        ("when", moment(curve.created_at)),
     ]
 
 

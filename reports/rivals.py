@@ -14,7 +14,7 @@ from ditune.db.records import Constraint
 from ditune.reports.charts import NONE, Chart, Table
 from ditune.reports.document import document
 from ditune.reports.figures import Figure, drawing, label, plot_layout
-from ditune.reports.words import factor, interval, metric_label, number, unit_of
+from ditune.reports.words import factor, interval, metric_label, moment, number, unit_of
 
 OURS = "ditune"
 _SHOWN_FROM = 0.7  # of the lowest floor: what lies below is no choice for anybody
@@ -128,7 +128,7 @@ def _conditions(comparison: Comparison) -> list[tuple[str, str]]:
         ("settings swept on", f"{comparison.calibration} prompts"),
         ("proved on", f"{comparison.confirmation} further videos"),
         ("measured on", f"{comparison.held_out} held-out videos, all peers in turn on each"),
-        ("when", comparison.created_at),
+        ("when", moment(comparison.created_at)),
     ]
 
 

@@ -15,6 +15,7 @@ from ditune.reports.words import (
     factor,
     interval,
     metric_label,
+    moment,
     number,
     search_in_words,
 )
@@ -182,7 +183,7 @@ def _search(content: ReportContent) -> list[tuple[str, str]]:
     study, profile = content.study, content.profile
     rows = [
         ("study", study.name),
-        ("started", study.created_at),
+        ("started", moment(study.created_at)),
         ("seed", str(study.settings.seed)),
         ("floors", ", ".join(f"{c.name} >= {c.floor:g}" for c in study.settings.constraints)),
         ("prompts searched", study.settings.prompts_digest),
@@ -201,7 +202,7 @@ def _search(content: ReportContent) -> list[tuple[str, str]]:
             ("policy", content.chosen.policy_id),
             ("prompts confirmed", evidence.prompts_digest),
             ("candidates confirmed", str(evidence.candidates)),
-            ("confirmed", evidence.created_at),
+            ("confirmed", moment(evidence.created_at)),
             ("commit", evidence.git_commit or "not known"),
         ]
     return rows

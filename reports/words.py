@@ -187,6 +187,11 @@ def duration(milliseconds: float) -> str:
     return f"{milliseconds:.3g} ms"
 
 
+def moment(timestamp: str) -> str:
+    """Return a timestamp of a record without the fractions of its second."""
+    return f"{timestamp[:19]}Z"
+
+
 def visible(text: str) -> str:
     """Return foreign text with everything spelled out that acts instead of being read.
 

@@ -16,6 +16,7 @@ import torch
 
 from ditune.db.comparison import Comparison, Contender, Lead, Standing
 from ditune.db.errors import DituneError, UsageFault
+from ditune.db.record import now
 from ditune.db.records import Constraint, Interval, Quality, Trial
 from ditune.profiler.record import Recorded
 from ditune.profiler.statistics import paired_speedup
@@ -30,7 +31,7 @@ from ditune.tuner.quality import metrics, summarise, values_of
 from ditune.tuner.search import Budget
 from ditune.tuner.sequential import guessed
 from ditune.tuner.source import Source
-from ditune.tuner.verdict import hopeless, now, violations
+from ditune.tuner.verdict import hopeless, violations
 
 Floors = tuple[Constraint, ...]
 _CALIBRATION_SEED, _CONFIRMATION_SEED, _HELD_OUT_SEED = 1_000, 500_000, 700_000

@@ -17,6 +17,7 @@ from typing import Protocol
 from scipy import stats
 
 from ditune.db.policy import Policy
+from ditune.db.record import now
 from ditune.db.records import (
     Constraint,
     Evidence,
@@ -31,7 +32,6 @@ from ditune.profiler.statistics import CONFIDENCE, paired_speedup, worst_lower_b
 from ditune.tuner.evaluate import Case, Evaluates, Outcome
 from ditune.tuner.outlook import Outlook
 from ditune.tuner.quality import UNSEEN, bound_by, lower_bound, summarise
-from ditune.tuner.verdict import now
 
 PAIRS_MIN, PAIRS_MOST = 6, 20  # interleaved pairs that a speedup rests on
 _WIDE = 0.1  # interval of a speedup, in shares of it, beyond which more pairs are run

@@ -15,6 +15,7 @@ from typing import Any
 from ditune.db.curve import Curve, CurvePoint
 from ditune.db.digest import digest_bytes
 from ditune.db.policy import Policy
+from ditune.db.record import now
 from ditune.db.records import Job, PolicyFile, Profile, Proposer, Study, Trial
 from ditune.db.store import Store
 from ditune.profiler.parts import forwards_of
@@ -36,7 +37,7 @@ from ditune.tuner.search import CASES_PER_PAIR
 from ditune.tuner.source import Source, prompts_digest
 from ditune.tuner.space import Space
 from ditune.tuner.studies import settings_of
-from ditune.tuner.verdict import now, trial_of
+from ditune.tuner.verdict import trial_of
 
 
 @dataclass(frozen=True)

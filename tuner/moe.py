@@ -16,13 +16,13 @@ from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from ditune.accel.versions import software
 from ditune.db.errors import UsageFault
 from ditune.db.moe import CpuTiles, LayerTiles, MoeChoice, MoeShape, MoeTuning, RoutingBucket
+from ditune.db.record import now
 from ditune.db.records import Hardware
 from ditune.db.tuning_rows import MoeTunings
 from ditune.db.tunings import TunedLayer, newest
 from ditune.kernels.digest import kernels_digest
 from ditune.kernels.histograms import Kind, histogram
 from ditune.kernels.routing_bucket import routing_bucket
-from ditune.tuner.verdict import now
 
 Progress = Callable[[str], None]
 _COUNTS = TypeAdapter(list[NonNegativeInt])

@@ -69,7 +69,8 @@ def timed(
         largest = max(max(each.counts) for each in group)
         tiles, speedup = _raced(bench, candidates(largest, prepack=prepack))
         choice = MoeChoice(bucket=bucket, tiles=tiles, status="measured", speedup=speedup)
-        note = f"{bench.tried} tilings tried; CPU time of {pool.size} threads, the busiest counts"
+        busy = "1 thread" if pool.size == 1 else f"{pool.size} threads, the busiest counts"
+        note = f"{bench.tried} tilings tried; CPU time of {busy}"
         us = 1e6 * bench.seconds(tiles) / len(group)
         found.append(Tuned(choice, tuple(each.name for each in group), us, note))
     return tuple(found)

@@ -130,7 +130,8 @@ def timed(
         progress: Is told what is being done.
 
     Raises:
-        UsageFault: The default tiles cannot compute the layer on this device.
+        UsageFault: The default tiles cannot compute the layer on this device, and routings that
+            nobody tuned would have them.
     """
     layer = _Layer(shape, bench, experts_of(shape, bench.device))
     found: list[Tuned] = []
@@ -201,6 +202,12 @@ class _Layer:
         self, half: int, field: Sequence[TileConfig], inputs: Sequence[_Inputs]
     ) -> TileConfig:
         wanted = self._wanted(half, inputs[0])
+        if not self._is_right(half, DEFAULT, inputs[0], wanted):
+            raise UsageFault(
+                f"the default tiles cannot compute {self.shape.words} on this {self.bench.gpu.name}"
+                ": they need more than it has, or give something else than plain torch does; try "
+                "another dtype, such as one of 16 bits"
+            )
         right = [c for c in field if self._is_right(half, c, inputs[0], wanted)]
         return race(right, DEFAULT, lambda each: self._gemm_us(half, each, inputs)).winner
 

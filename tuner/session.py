@@ -9,6 +9,7 @@ import numpy as np
 
 from ditune.accel.apply import accelerate
 from ditune.db.errors import StoreFault, UsageFault
+from ditune.db.record import now
 from ditune.db.records import PolicyFile, Profile, Settings, Study, Trial
 from ditune.db.store import Store
 from ditune.profiler.parts import forwards_of
@@ -27,7 +28,7 @@ from ditune.tuner.result import FramePair, Options, Result, TierResult
 from ditune.tuner.search import Budget, Search
 from ditune.tuner.source import Source, prompts_digest
 from ditune.tuner.tiers import DEFAULT, Tier, tiers_of
-from ditune.tuner.verdict import now, rejudged, with_known
+from ditune.tuner.verdict import rejudged, with_known
 from ditune.tuner.warm_start import warm_start
 
 _TRIALS_MIN = 2  # the plain pipeline and one more, however little time the profile left

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 
 from ditune.db.engine import study_storage_url
+from ditune.db.record import now
 from ditune.db.records import Profile, Settings, Study, Trial
 from ditune.db.store import Store
 from ditune.tuner.evaluate import Case, Evaluates, Evaluator
 from ditune.tuner.search import Search
 from ditune.tuner.source import prompts_digest
 from ditune.tuner.space import Space
-from ditune.tuner.verdict import now
 
 
 def settings_of(evaluator: Evaluator, profile: Profile, space: Space, seed: int = 0) -> Settings:

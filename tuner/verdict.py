@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ditune.db.policy import MaskCache
+from ditune.db.record import now
 from ditune.db.records import Constraint, Expectation, Job, Score, Trial
 from ditune.profiler.statistics import CONFIDENCE, paired_speedup
 from ditune.tuner.quality import MARGIN, counts, lower_bound, summarise
@@ -37,11 +37,6 @@ class Found:
     unfit: str = ""
     pairs: int = 0
     videos: float | None = None
-
-
-def now() -> str:
-    """Return the time of day as our records hold it."""
-    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def trial_of(job: Job, found: Found, duration_s: float) -> Trial:

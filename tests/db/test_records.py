@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from ditune.db.digest import canonical, digest
 from ditune.db.policy import (
@@ -13,6 +13,7 @@ from ditune.db.policy import (
     Policy,
     RuleCache,
 )
+from ditune.db.record import Timestamp, now
 from ditune.db.records import Interval
 
 
@@ -76,3 +77,10 @@ def test_a_changed_copy_has_its_own_key() -> None:
     changed = first.model_copy(update={"handoff": None})
     assert changed.id == Policy().id
     assert before == first.id
+
+
+def test_times_are_timestamps_whose_texts_sort() -> None:
+    first, second = now(), now()
+    assert TypeAdapter(Timestamp).validate_python(first) == first
+    assert first <= second
+    assert len(first) == len(second) == len("2026-01-02T03:04:05.000006Z")

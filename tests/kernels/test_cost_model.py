@@ -15,13 +15,13 @@ from ditune.kernels.cost_model import (
     Prediction,
     Resources,
     estimate,
-    matrix_path,
     occupancy,
     predict,
     predict_layer,
 )
 from ditune.kernels.gemm import Gemm, layer_gemms
 from ditune.kernels.hardware import GPUS
+from ditune.kernels.matrix_path import matrix_path
 
 Counts = tuple[int, ...]
 Tile = tuple[int, int, int, int, int]

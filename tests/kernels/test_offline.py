@@ -16,7 +16,8 @@ import pytest
 from ditune.db.errors import UsageFault
 from ditune.db.moe import TileConfig
 from ditune.kernels.gemm import Gemm
-from ditune.kernels.offline import SHARED_LIMITS, Compiled, compile_gemm, faults
+from ditune.kernels.hardware import SHARED_LIMITS
+from ditune.kernels.offline import Compiled, compile_gemm, faults
 
 UP = Gemm(64, 5120, 3584, 8, "bfloat16", gather=True)
 DOWN = Gemm(64, 3584, 2560, 8, "bfloat16", gather=False)

@@ -186,3 +186,8 @@ def test_a_cost_is_said_part_by_part() -> None:
         "360 s (profile 60 s, search 200 s, proof 100 s) and the compute of 41.0 plain videos "
         "(profile 9.0, search 12.0, proof 20.0), 4,104 forwards"
     )
+
+
+def test_moments_are_shown_to_the_second() -> None:
+    assert words.moment("2026-01-02T03:04:05.678901Z") == "2026-01-02T03:04:05Z"
+    assert words.moment("2026-01-02T03:04:05Z") == "2026-01-02T03:04:05Z"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 from rich.console import Console
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     import torch
 
     from ditune.kernels.hardware import Gpu
+    from ditune.kernels.histograms import Kind
     from ditune.tuner.moe import Progress, Routed, Tuned
 
-_ROUTINGS = ("balanced", "zipf", "best", "worst", "hole")
-_DTYPES = ("bfloat16", "float16", "float32")
+_DTYPES: dict[str, Dtype] = {name: name for name in get_args(Dtype)}
+_WANTED = "a MODEL, or --shape EXPERTS,HIDDEN,INNER,TOP_K"
 
 
 def moe(
@@ -48,7 +49,7 @@ def moe(
     ] = None,
     routings: Annotated[
         Path | None,
-        typer.Option("--routings", help='A JSON file of real ones: {"name": [rows, ...]}.'),
+        typer.Option("--routings", help=r'A JSON file of real ones: {"name": \[rows, ...]}.'),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -58,7 +59,12 @@ def moe(
         str | None,
         typer.Option("--for", metavar="GPU", help="A GPU that is elsewhere, such as h100."),
     ] = None,
-    device: sources.Device = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device", help="Where to time: cpu, or cuda:1 (default: a GPU if one is here)."
+        ),
+    ] = None,
     db: sources.Database = None,
     json_output: sources.Json = False,
 ) -> None:
@@ -69,6 +75,7 @@ def moe(
     tuned has the default tiles. ditune.accelerate_experts(model) puts them to use.
     """
     from ditune.db.store import Store
+    from ditune.tuner.moe import keep
 
     place = _place(target, device)
     layers = _shapes(model, shape, _dtype(dtype, place))
@@ -80,7 +87,7 @@ def moe(
         for each, routed in wanted.items():
             with console.status("tuning") as status:
                 found[each] = _tuned(each, routed, place, lambda w: status.update(f"tuning: {w}"))
-            _keep(store, hardware, each, found[each])
+            keep(store.moe, hardware, each, found[each])
     if json_output:
         sources.print_json(_as_json(hardware, layers, found))
         return
@@ -111,28 +118,40 @@ def _place(target: str | None, device: str | None) -> Gpu | torch.device:
 
 def _dtype(asked: str | None, place: Gpu | torch.device) -> Dtype:
     name = asked or ("float32" if getattr(place, "type", "") == "cpu" else "bfloat16")
-    for known in _DTYPES:
-        if name == known:
-            return known  # type: ignore[return-value]
-    raise UsageFault(f"--dtype {name} is unknown; use one of {', '.join(_DTYPES)}")
+    if name not in _DTYPES:
+        raise UsageFault(f"--dtype {name} is unknown; use one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def _shapes(model: str | None, shape: str | None, dtype: Dtype) -> dict[MoeShape, int]:
     """Return the shapes to tune, and how many layers of the model have each."""
-    if (model is None) == (shape is None):
-        raise UsageFault("say what to tune: a MODEL, or --shape EXPERTS,HIDDEN,INNER,TOP_K")
+    if model is not None and shape is not None:
+        raise UsageFault(f"say what to tune: {_WANTED}; both were given, {model} and {shape}")
     if model is not None:
         from ditune.tuner.moe_shapes import shapes_of
 
         sources.quieten_libraries()
         return shapes_of(model, dtype)
-    assert shape is not None
-    parts = shape.split(",")
-    if len(parts) != 4 or not all(part.strip().isdigit() and int(part) for part in parts):
-        raise UsageFault(f"--shape {shape}: four whole numbers, such as 64,2048,1408,6")
+    if shape is None:
+        raise UsageFault(f"say what to tune: {_WANTED}; neither was given")
+    return {_shape(shape, dtype): 1}
+
+
+def _shape(text: str, dtype: Dtype) -> MoeShape:
+    """Return the shape that `--shape` names."""
+    parts = text.split(",")
+    if len(parts) != 4 or not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise UsageFault(
+            f"--shape {text} must be four whole numbers > 0, EXPERTS,HIDDEN,INNER,TOP_K, such as "
+            "64,2048,1408,6"
+        )
     experts, hidden, inner, top_k = map(int, parts)
-    found = MoeShape(experts=experts, hidden=hidden, inner=inner, top_k=top_k, dtype=dtype)
-    return {found: 1}
+    if top_k > experts:
+        raise UsageFault(
+            f"--shape {text}: a token cannot have {top_k} different experts of {experts}; give at "
+            f"most {experts} as TOP_K"
+        )
+    return MoeShape(experts=experts, hidden=hidden, inner=inner, top_k=top_k, dtype=dtype)
 
 
 def _routed(
@@ -148,10 +167,17 @@ def _routed(
         if tokens or kinds:
             raise UsageFault("--routings has its own tokens: leave --tokens and --routing out")
         return read_routings(file, shape)
-    for kind in kinds or ():
-        if kind not in _ROUTINGS:
-            raise UsageFault(f"--routing {kind} is unknown; use one of {', '.join(_ROUTINGS)}")
-    return kinds_of_routing(shape, tokens or (1024,), kinds or _ROUTINGS[:2])  # type: ignore[arg-type]
+    return kinds_of_routing(shape, tokens or (1024,), _kinds(kinds or ("balanced", "zipf")))
+
+
+def _kinds(names: Sequence[str]) -> tuple[Kind, ...]:
+    from ditune.kernels.histograms import KINDS
+
+    known: dict[str, Kind] = {kind: kind for kind in KINDS}
+    for name in names:
+        if name not in known:
+            raise UsageFault(f"--routing {name} is unknown; use one of {', '.join(known)}")
+    return tuple(known[name] for name in names)
 
 
 def _tuned(
@@ -177,13 +203,6 @@ def _hardware(place: Gpu | torch.device) -> Hardware:
     from ditune.kernels.hardware import Gpu, any_device
 
     return any_device(place) if isinstance(place, Gpu) else fingerprint.hardware(place)
-
-
-def _keep(store: object, hardware: Hardware, shape: MoeShape, found: Sequence[Tuned]) -> None:
-    """Store what was found, with what is known of other buckets and still holds."""
-    from ditune.tuner.moe import keep
-
-    keep(store.moe, hardware, shape, found)  # type: ignore[attr-defined]
 
 
 def _as_json(

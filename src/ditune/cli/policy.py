@@ -22,6 +22,7 @@ File = Annotated[Path, typer.Argument(help="A policy file.")]
 def list_policies(db: sources.Database = None, json_output: sources.Json = False) -> None:
     """List the stored policies, the newest first."""
     from ditune.db.store import Store
+    from ditune.reports.words import moment
 
     with Store.open(sources.database_url(db)) as store:
         found = store.policies()
@@ -50,7 +51,7 @@ def list_policies(db: sources.Database = None, json_output: sources.Json = False
             f"{each.workload.width}x{each.workload.height}x{each.workload.frames}",
             escape(each.workload.pipeline_class),
             escape(each.hardware.device_name),
-            row["created_at"],
+            moment(row["created_at"]),
             row["status"],
             escape(", ".join(row["tiers"])),
         )
