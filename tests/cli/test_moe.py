@@ -93,7 +93,7 @@ def test_what_was_tuned_for_a_shape_is_printed_and_stored(command: Any, tmp_path
     assert [row.pop("routings") for row in layer["found"]] == [[name] for name in names]
     for row in layer["found"]:
         assert row.pop("us") > 0.0
-        assert row.pop("note").startswith("CPU time on ")
+        assert "tilings tried; CPU time of " in row.pop("note")
     (kept,) = stored(database, here)
     assert layer["found"] == [choice.model_dump(mode="json") for choice in kept.tuning.choices]
     assert {choice.status for choice in kept.tuning.choices} == {"measured"}
@@ -115,7 +115,7 @@ def test_a_table_shows_recorded_routings_and_the_model_takes_their_tiles(
     assert out.startswith("2 x 8 experts of 32 to 24, 2 per token, float32 on ")
     assert re.search(r"step 1 .* \d+ │ +\d\.\d\dx │ measured", out)  # the two share a bucket
     assert re.search(r"step 9 +│", out)
-    assert "CPU time on " in out
+    assert "tilings tried; CPU time of " in out
     with ditune.accelerate_experts(model, db=tmp_path / "own.db") as applied:
         assert [layer.tuned for layer in applied.summary().layers] == [True, True]
 
