@@ -15,6 +15,7 @@ import pytest
 from filelock import FileLock
 from tests.db.conftest import file_of
 from tests.tuner.test_search import study
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from ditune.cli.main import app, main
@@ -219,26 +220,13 @@ def test_version(command: Any) -> None:
     assert (0, f"ditune {__version__}\n") == command("--version")[:2]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["run"],
-        ["profile"],
-        ["report"],
-        ["doctor"],
-        ["policy"],
-        ["policy", "list"],
-        ["policy", "show"],
-        ["policy", "verify"],
-        ["policy", "export"],
-        ["policy", "import"],
-        ["db"],
-        ["db", "upgrade"],
-        ["db", "check"],
-        ["db", "backup"],
-    ],
-)
+def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[list[str]]:
+    yield list(path)
+    for name, command in getattr(group, "commands", {}).items():
+        yield from commands(command, (*path, name))
+
+
+@pytest.mark.parametrize("arguments", list(commands(get_command(app))), ids=" ".join)
 def test_every_command_has_help(arguments: list[str]) -> None:
     shown = runner.invoke(app, [*arguments, "--help"])
     assert shown.exit_code == 0

@@ -246,7 +246,8 @@ def _print(hardware: Hardware, shape: MoeShape, count: int, found: Sequence[Tune
             row.choice.status,
         )
     console.print(table)
-    console.print(found[0].note, style="dim")
+    for note in dict.fromkeys(row.note for row in found):
+        console.print(note, style="dim")
 
 
 def _words(tiles: Tiles) -> Iterator[str]:
