@@ -62,6 +62,12 @@ class LayerTiles(Record):
     down: TileConfig = TileConfig()
 
 
+def default_tiles(dtype: Dtype) -> LayerTiles:
+    """Return what every GPU from sm_80 on can launch: in float32 the usual tiles need too much."""
+    config = TileConfig(block_n=64, block_k=32) if dtype == "float32" else TileConfig()
+    return LayerTiles(up=config, down=config)
+
+
 class CpuTiles(Record):
     """How a layer is cut into tasks for a pool of CPU threads, one BLAS thread each.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ditune.db.kill_switch import disabled
-from ditune.db.moe import CpuTiles, Dtype, LayerTiles, MoeShape, MoeTuning, Tiles
+from ditune.db.moe import CpuTiles, Dtype, MoeShape, MoeTuning, Tiles, default_tiles
 from ditune.kernels.reference import Experts, moe_reference
 
 Kind = Literal["cpu", "gpu"]
@@ -158,4 +158,5 @@ def _shape(gate_up: torch.Size, top_k: int, dtype: Dtype) -> MoeShape:
 
 @functools.lru_cache(maxsize=1024)
 def _default(shape: MoeShape, kind: Kind) -> MoeTuning:
-    return MoeTuning(shape=shape, default=CpuTiles() if kind == "cpu" else LayerTiles())
+    tiles = CpuTiles() if kind == "cpu" else default_tiles(shape.dtype)
+    return MoeTuning(shape=shape, default=tiles)

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ditune.db.errors import UsageFault
-from ditune.db.moe import TileConfig
+from ditune.db.moe import TileConfig, default_tiles
 from ditune.kernels.cost_model import Resources, occupancy, predict
 from ditune.kernels.gemm import Gemm
 from ditune.kernels.hardware import Gpu
-from ditune.kernels.tile_space import DEFAULT, Histogram, Sieved, sieve
+from ditune.kernels.tile_space import Histogram, Sieved, sieve
 
 
 @dataclass(frozen=True)
@@ -113,5 +113,6 @@ def _best(
         return statistics.fmean(us / best for us, best in zip(times[config], least, strict=True))
 
     config = min(times, key=loss)
-    default_us = statistics.fmean(times[DEFAULT]) if DEFAULT in times else math.inf
+    default = default_tiles(gemm.dtype).up
+    default_us = statistics.fmean(times[default]) if default in times else math.inf
     return Shipped(config, statistics.fmean(times[config]), default_us, compiled[config])

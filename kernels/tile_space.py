@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ditune.db.errors import UsageFault
-from ditune.db.moe import TileConfig, TilePath
+from ditune.db.moe import TileConfig, TilePath, default_tiles
 from ditune.kernels.cost_model import estimate, occupancy, predict
 from ditune.kernels.gemm import ITEM_BYTES, Gemm
 from ditune.kernels.hardware import Gpu
@@ -130,7 +130,7 @@ def seeds(gemm: Gemm, rows: int, active: int, gpu: Gpu) -> tuple[TileConfig, ...
     )
     deeper = [_changed(ruled, num_stages=stages) for stages in NUM_STAGES]
     fits = [config for config in deeper if _fit(config, gemm, gpu)]
-    return (DEFAULT, learnt, fits[-1] if fits else ruled)
+    return (default_tiles(gemm.dtype).up, learnt, fits[-1] if fits else ruled)
 
 
 def sieve(gemm: Gemm, histograms: Sequence[Histogram], gpu: Gpu, limit: int = 40) -> Sieved:

@@ -15,7 +15,7 @@ from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
 from ditune.accel.versions import software
 from ditune.db.errors import UsageFault
-from ditune.db.moe import CpuTiles, LayerTiles, MoeChoice, MoeShape, MoeTuning, RoutingBucket
+from ditune.db.moe import CpuTiles, MoeChoice, MoeShape, MoeTuning, RoutingBucket, default_tiles
 from ditune.db.record import now
 from ditune.db.records import Hardware
 from ditune.db.tuning_rows import MoeTunings
@@ -145,7 +145,7 @@ def keep(tunings: MoeTunings, hardware: Hardware, shape: MoeShape, found: Sequen
     on_cpu = isinstance(found[0].choice.tiles, CpuTiles)
     tuning = MoeTuning(
         shape=shape,
-        default=CpuTiles() if on_cpu else LayerTiles(),
+        default=CpuTiles() if on_cpu else default_tiles(shape.dtype),
         choices=tuple(each.choice for each in found),
     )
     versions, kernels = software(), kernels_digest()

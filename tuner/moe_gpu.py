@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from ditune.db.errors import UsageFault
-from ditune.db.moe import LayerTiles, MoeChoice, MoeShape, RoutingBucket, TileConfig
+from ditune.db.moe import LayerTiles, MoeChoice, MoeShape, RoutingBucket, TileConfig, default_tiles
 from ditune.kernels.gemm import Gemm, layer_gemms
 from ditune.kernels.hardware import DeviceProperties, Gpu, calibrated, gpu_of_device
 from ditune.kernels.offline import compile_gemm, faults
@@ -35,7 +35,6 @@ from ditune.tuner.drawn import drawn, experts_of, tokens_of
 from ditune.tuner.moe import Progress, Routed, Tuned, by_tokens
 from ditune.tuner.race import race
 
-DEFAULT = TileConfig()
 _SIDE = 8192  # of the matrices whose product is taken for the peak
 _COPIED = 2**31  # bytes
 _FLUSHES = 8  # times the second-level cache
@@ -187,7 +186,8 @@ class _Layer:
     ) -> Tuned:
         """Race the tiles of each GEMM, then the layer with the winners against the default."""
         winners = [self._raced(half, fields[half], inputs) for half in (0, 1)]
-        default, tiles = LayerTiles(), LayerTiles(up=winners[0], down=winners[1])
+        default = default_tiles(self.shape.dtype)
+        tiles = LayerTiles(up=winners[0], down=winners[1])
         ended = race([tiles], default, lambda each: self._layer_us(each, inputs))
         choice = MoeChoice(
             bucket=bucket,
@@ -201,15 +201,15 @@ class _Layer:
     def _raced(
         self, half: int, field: Sequence[TileConfig], inputs: Sequence[_Inputs]
     ) -> TileConfig:
-        wanted = self._wanted(half, inputs[0])
-        if not self._is_right(half, DEFAULT, inputs[0], wanted):
+        wanted, default = self._wanted(half, inputs[0]), default_tiles(self.shape.dtype).up
+        if not self._is_right(half, default, inputs[0], wanted):
             raise UsageFault(
                 f"the default tiles cannot compute {self.shape.words} on this {self.bench.gpu.name}"
                 ": they need more than it has, or give something else than plain torch does; try "
-                "another dtype, such as one of 16 bits"
+                "another dtype"
             )
         right = [c for c in field if self._is_right(half, c, inputs[0], wanted)]
-        return race(right, DEFAULT, lambda each: self._gemm_us(half, each, inputs)).winner
+        return race(right, default, lambda each: self._gemm_us(half, each, inputs)).winner
 
     def _gemm_us(self, half: int, config: TileConfig, inputs: Sequence[_Inputs]) -> float:
         return sum(self.bench.us(partial(self._gemm, half, config, each)) for each in inputs)

@@ -10,7 +10,7 @@ import torch
 from tests.kernels.adapters.models import noise
 from torch import Tensor
 
-from ditune.db.moe import CpuTiles, LayerTiles, MoeShape, MoeTuning
+from ditune.db.moe import CpuTiles, LayerTiles, MoeShape, MoeTuning, default_tiles
 from ditune.kernels import dispatch
 from ditune.kernels.reference import Experts, moe_reference
 
@@ -68,7 +68,7 @@ def test_devices_have_the_tiles_of_their_kind(monkeypatch: pytest.MonkeyPatch) -
     capability = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     cuda = torch.device("cuda", 7)
-    assert dispatch.default_tuning(SHAPE, cuda).default == LayerTiles()
+    assert dispatch.default_tuning(SHAPE, cuda).default == default_tiles("float32")
     dispatch.device_kind.cache_clear()
     capability = (7, 5)
     assert dispatch.device_kind(cuda) is None

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ditune.db.errors import UsageFault
-from ditune.db.moe import TileConfig
+from ditune.db.moe import TileConfig, default_tiles
 from ditune.kernels.gemm import Gemm
 from ditune.kernels.hardware import SHARED_LIMITS
 from ditune.kernels.offline import Compiled, compile_gemm, faults
@@ -49,6 +49,14 @@ def test_pointer_kernels_follow_the_law(gemm: Gemm, config: TileConfig, arch: in
         assert shared(config, arch) == found.shared_bytes
     expected = FAST.get(arch, "HMMA") if config.block_m >= 64 else "HMMA"
     assert (expected, False, 0) == (found.mma, found.tma, found.spill_bytes)
+    assert faults(found, config, arch) == ()
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMITS)
+def test_the_default_of_float32_runs_everywhere(arch: int) -> None:
+    config = default_tiles("float32").up
+    found = compile_gemm(replace(UP, dtype="float32"), config, arch)
+    assert found.shared_bytes <= SHARED_LIMITS[arch]
     assert faults(found, config, arch) == ()
 
 
