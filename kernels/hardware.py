@@ -55,6 +55,8 @@ class DeviceProperties(Protocol):
     """What is asked of a CUDA device; `torch.cuda.get_device_properties` has all of it."""
 
     name: str
+    major: int
+    minor: int
     multi_processor_count: int
     L2_cache_size: int
     shared_memory_per_multiprocessor: int
@@ -94,8 +96,8 @@ def gpu_named(name: str) -> Gpu:
     found = GPUS.get(name.lower())
     if found is None:
         raise UsageFault(
-            f"the cost model has no GPU named {name!r}; it knows {', '.join(GPUS)}. Name the one "
-            "that is nearest, and put in what was measured on yours with `calibrated`"
+            f"the cost model has no GPU named {name!r}; it knows {', '.join(GPUS)}. Tiles for "
+            "another one are timed on a machine that has it, with tune moe and without --for"
         )
     return found
 
@@ -126,7 +128,40 @@ def gpu_of_device(properties: DeviceProperties) -> Gpu:
     """
     words = properties.name.lower().replace("rtx 4090", "rtx4090").replace("-", " ").split()
     name = next((word for word in words if word in GPUS), properties.name)
-    gpu = gpu_named(name)
+    return _sized(gpu_named(name), properties)
+
+
+def gpu_to_calibrate(properties: DeviceProperties) -> Gpu:
+    """Return the same for any CUDA device on which the kernels run.
+
+    One that the table lacks gets what its nearest kin has by SM: wrong peaks, until it is
+    calibrated. So this is for whoever measures them.
+
+    Raises:
+        UsageFault: The device is older than sm_80.
+    """
+    reported = 10 * properties.major + properties.minor
+    known = [arch for arch in SHARED_LIMITS if arch <= reported]
+    if not known:
+        raise UsageFault(
+            f"{properties.name} is of sm_{reported}, and the kernels need sm_80 or later: leave "
+            "the model as it is on this device"
+        )
+    try:
+        return gpu_of_device(properties)
+    except UsageFault:
+        arch = max(known)
+        kin = min(GPUS.values(), key=lambda gpu: (_shared(gpu.cc, arch), abs(gpu.cc - arch)))
+        return replace(_sized(kin, properties), name=properties.name, cc=arch)
+
+
+def _shared(cc: int, arch: int) -> bool:
+    """Whether programs of two architectures may have different amounts of shared memory."""
+    return SHARED_LIMITS[cc] != SHARED_LIMITS[arch]
+
+
+def _sized(gpu: Gpu, properties: DeviceProperties) -> Gpu:
+    """Return a GPU with the sizes that a device reports."""
     sms = properties.multi_processor_count
     return replace(
         gpu,

@@ -23,7 +23,7 @@ from triton.errors import TritonError
 from ditune.db.errors import UsageFault
 from ditune.db.moe import LayerTiles, MoeChoice, MoeShape, RoutingBucket, TileConfig, default_tiles
 from ditune.kernels.gemm import Gemm, layer_gemms
-from ditune.kernels.hardware import DeviceProperties, Gpu, calibrated, gpu_of_device
+from ditune.kernels.hardware import DeviceProperties, Gpu, calibrated, gpu_to_calibrate
 from ditune.kernels.offline import compile_gemm, faults
 from ditune.kernels.reference import Experts
 from ditune.kernels.routing import Routing, route
@@ -62,9 +62,9 @@ def bench_of(device: torch.device) -> Bench:
     """Return the bench of a CUDA device, its peaks measured; takes a second.
 
     Raises:
-        UsageFault: The cost model does not know such a GPU.
+        UsageFault: The kernels need a later GPU.
     """
-    gpu = gpu_of_device(cast(DeviceProperties, torch.cuda.get_device_properties(device)))
+    gpu = gpu_to_calibrate(cast(DeviceProperties, torch.cuda.get_device_properties(device)))
     us = cold_clock(device)
 
     def best(call: Callable[[], object]) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from ditune.db.errors import UsageFault
-from ditune.kernels.hardware import GPUS, calibrated, gpu_named, gpu_of_device
+from ditune.kernels.hardware import GPUS, calibrated, gpu_named, gpu_of_device, gpu_to_calibrate
 
 
 @dataclass
@@ -16,6 +16,8 @@ class Device:
 
     name: str
     multi_processor_count: int = 132
+    major: int = 9
+    minor: int = 0
     L2_cache_size: int = 60 * 2**20
     shared_memory_per_multiprocessor: int = 233_472
     shared_memory_per_block_optin: int = 232_448
@@ -48,6 +50,32 @@ def test_a_device_is_recognised(reported: str, expected: str) -> None:
 def test_an_unknown_device_is_refused(reported: str) -> None:
     with pytest.raises(UsageFault, match=reported):
         gpu_of_device(Device(reported))
+
+
+@pytest.mark.parametrize(
+    ("reported", "capability", "kin", "arch"),
+    [
+        ("NVIDIA GeForce RTX 3090", (8, 6), "l40s", 86),
+        ("NVIDIA L4", (8, 9), "l40s", 89),
+        ("NVIDIA B300", (10, 3), "b200", 100),
+        ("NVIDIA GeForce RTX 5090", (12, 0), "l40s", 120),
+        ("NVIDIA GH100", (9, 0), "h100", 90),
+    ],
+)
+def test_a_device_that_the_table_lacks_has_what_its_kin_has_by_sm(
+    reported: str, capability: tuple[int, int], kin: str, arch: int
+) -> None:
+    device = Device(reported, 66, *capability)
+    found, like = gpu_to_calibrate(device), GPUS[kin]
+    assert (found.name, found.cc, found.sms, found.l2_mb) == (reported, arch, 66, 60)
+    assert found.teraflops == pytest.approx(like.teraflops * 66 / like.sms)
+    assert (found.sm_warps, found.mhz) == (like.sm_warps, like.mhz)
+    assert gpu_to_calibrate(Device("NVIDIA H100 PCIe", 66)).name == "h100"
+
+
+def test_a_device_that_is_too_old_is_refused() -> None:
+    with pytest.raises(UsageFault, match=r"Tesla T4 is of sm_75.*sm_80"):
+        gpu_to_calibrate(Device("Tesla T4", 40, 7, 5))
 
 
 def test_a_device_has_the_sizes_it_reports_and_its_share_of_the_peak() -> None:
