@@ -16,6 +16,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from hypothesis import HealthCheck, settings
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 from torch import Tensor, nn
@@ -26,7 +27,10 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")  # of tests in several proces
 
 
 def pytest_configure() -> None:
-    """Leave the other cores to the other processes, and to what they start."""
+    """Let no test fail because it was slow; leave the other cores to the other processes."""
+    slow = (HealthCheck.too_slow,)
+    settings.register_profile("untimed", deadline=None, suppress_health_check=slow)
+    settings.load_profile("untimed")
     if WORKER:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -74,7 +74,7 @@ json_values = st.recursive(
 def quick(examples: int) -> settings:
     """Return settings for tests that may share their fixtures between examples."""
     shared = [HealthCheck.function_scoped_fixture]
-    return settings(max_examples=examples, deadline=None, suppress_health_check=shared)
+    return settings(max_examples=examples, suppress_health_check=shared)
 
 
 def data_of(saved: PolicyFile) -> bytes:

@@ -229,9 +229,7 @@ def test_a_locked_file_is_no_damage(
 
 
 @given(keep=st.floats(0, 1.5), position=st.floats(0, 1), junk=st.binary(min_size=1, max_size=300))
-@settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damaged_databases_never_crash_a_lookup(
     keep: float, position: float, junk: bytes, database: Path, saved: PolicyFile, tmp_path: Path
 ) -> None:

@@ -363,9 +363,7 @@ def test_a_row_that_was_changed_is_never_given_out(database: Path, make_file: Ma
 
 
 @given(keep=st.floats(0, 1.5), position=st.floats(0, 1), junk=st.binary(min_size=1, max_size=300))
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damaged_databases_give_an_error_or_the_truth(
     keep: float, position: float, junk: bytes, database: Path, make_file: MakeFile, tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from benchmarks.published_moe import POINTS, error_factor
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ditune.db.moe import LayerTiles, MoeShape, TileConfig
@@ -192,7 +192,6 @@ def cases(draw: st.DrawFn) -> tuple[Gemm, Counts, TileConfig, str]:
     return gemm(counts, *size), counts, config(tile, group_m=group), draw(st.sampled_from([*GPUS]))
 
 
-@settings(deadline=None)
 @given(cases(), st.floats(1.0, 8.0), st.data())
 def test_more_work_takes_longer_and_a_better_gpu_does_not(
     case: tuple[Gemm, Counts, TileConfig, str], factor: float, data: st.DataObject

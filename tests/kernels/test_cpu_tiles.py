@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.kernels.moe_cases import BOUNDS, CASES, EDGES, Case, error, layer
 
@@ -76,7 +76,6 @@ def test_weights_of_experts_elsewhere_are_not_looked_at() -> None:
     assert torch.equal(wanted, run_tiles(hidden, experts, indices, weights, CpuTiles(), pool_of(1)))
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 300), min_size=1, max_size=9),
     st.integers(1, 130),

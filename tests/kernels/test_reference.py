@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -38,7 +38,6 @@ def dense(hidden: Tensor, experts: Experts, indices: Tensor, weights: Tensor) ->
     return torch.einsum("eth,tke,tk->th", outputs, one_hot, weights)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 40), st.integers(1, 4), st.integers(1, 7), st.integers(0, 1000))
 def test_equals_dense_formulation(tokens: int, top_k: int, experts: int, seed: int) -> None:
     case = inputs(tokens, top_k, experts, seed)

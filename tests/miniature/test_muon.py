@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -10,7 +10,6 @@ from ditune.miniature.muon import Muon, orthogonal
 
 
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), seed=st.integers(0, 99))
-@settings(deadline=None)
 def test_singular_values_come_near_one_and_directions_stay(
     rows: int, columns: int, seed: int
 ) -> None:

@@ -42,7 +42,7 @@ def cost(outputs: np.ndarray, computed: tuple[int, ...], axis: np.ndarray, early
 
 
 @given(seed=st.integers(0, 500), budget=st.integers(1, STEPS), early=st.sampled_from([0.0, 7.0]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_schedule_of_the_same_budget_is_better(seed: int, budget: int, early: float) -> None:
     random = np.random.default_rng(seed)
     outputs = np.cumsum(random.standard_normal((STEPS, 30)), axis=0)
