@@ -27,7 +27,7 @@ from benchmarks.rows import Benchmark, Row, main
 from ditune.cli.sources import quieten_libraries
 from ditune.db.moe import CpuTiles
 from ditune.db.records import Interval
-from ditune.kernels.cpu_pool import Pool, pool_of
+from ditune.kernels.cpu_pool import Pool, clear_caches, pool_of
 from ditune.kernels.cpu_tiles import run_tiles
 from ditune.kernels.reference import moe_reference
 from ditune.profiler.statistics import paired_speedup
@@ -39,6 +39,7 @@ _THREADS = 2
 _RAGGED = ("balanced", "zipf")  # routings that have to keep up with a dense GEMM
 _SHARE_ONE, _SHARE_TWO = 0.95, 0.90  # of a dense GEMM's speed, on one thread and on two
 _WORSE = 1.05  # how much slower than the best peer the upper bound may be
+_PAIRS = {4: 31, 16: 21, 64: 13, 128: 9}  # by the number of experts: the small ones take less
 _CLOSE = 1e-3  # of the largest value
 _TUNED, _DEFAULT, _DENSE, _KEPT = "tuned", "default", "dense", "dense, memory kept"
 
@@ -58,11 +59,10 @@ def measure(benchmark: Benchmark, arguments: argparse.Namespace) -> None:
         "batched_mm": "left out: it copies an expert's weights for each row, 26 GB and more here; "
         "with 1024 rows it took 270 times as long as tiles",
     }
-    pairs = 3 if arguments.quick else 7
     numbers = arguments.experts or list(SIZES)[: 2 if arguments.quick else None]
     with torch.no_grad():
         for group in cases(numbers, quick=arguments.quick):
-            _group(benchmark, group, pairs)
+            _group(benchmark, group, 3 if arguments.quick else _PAIRS[group[0].experts])
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -134,11 +134,12 @@ def _time_two(benchmark: Benchmark, case: Case, layer: Layer, tiles: CpuTiles, p
 def _interleaved(
     contestants: dict[str, Contestant], pool: Pool, pairs: int
 ) -> dict[str, list[float]]:
-    """Return the CPU seconds of each in turn; the turns run forwards and backwards."""
+    """Return the CPU seconds of each in turn, caches cold; turns run forwards and backwards."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(pairs):
         names = list(times)
         for name in reversed(names) if turn % 2 else names:
+            clear_caches()
             times[name].append(pool.makespan(contestants[name]))
     return times
 

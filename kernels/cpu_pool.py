@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 Share = TypeVar("Share")
+_CLEARED = 2**26  # bytes, twice of what caches usually hold
 
 
 class Pool:
@@ -73,6 +74,16 @@ class Pool:
         alone = time.thread_time() - started
         busy = [end - start for end, start in zip(self.clocks(), before, strict=True)]
         return alone + max(busy, default=0.0)
+
+
+def clear_caches() -> None:
+    """Push what lies in the processor's caches out of them, as a model's other layers do."""
+    _filler().add_(1.0)
+
+
+@cache
+def _filler() -> torch.Tensor:
+    return torch.zeros(_CLEARED // 4, dtype=torch.float32)
 
 
 def pool_of(threads: int | None = None) -> Pool:

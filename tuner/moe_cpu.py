@@ -2,7 +2,7 @@
 
 Heights of tiles are tried first, then what varies the best two of them; candidates that do not give
 what the reference gives take no part. What is timed is CPU time, so that a busy machine does not
-choose.
+choose, and caches are cold: between two calls in a model lie other layers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from ditune.db.errors import EvaluationFault
 from ditune.db.moe import CpuTiles, ExpertOrder, Mapping, MoeChoice, MoeShape
 from ditune.kernels.adapters.trial import difference
-from ditune.kernels.cpu_pool import Pool, pool_of
+from ditune.kernels.cpu_pool import Pool, clear_caches, pool_of
 from ditune.kernels.cpu_tiles import run_tiles
 from ditune.kernels.reference import Experts, moe_reference
 from ditune.tuner.drawn import experts_of, tokens_of
@@ -29,7 +29,7 @@ ROWS = (64, 128, 256, 512, 1024, 2048)
 ORDERS: tuple[ExpertOrder, ...] = ("desc", "id")
 MAPPINGS: tuple[Mapping, ...] = ("dynamic", "static", "round_robin")
 _HEATS: Heats = ((2, 4), (3, 2))
-_RUN_OFF = 9  # rounds: a run takes up to seconds
+_FEWEST, _MOST, _RUN_OFF_S = 11, 31, 45.0  # rounds of the run-off, and about how long it takes
 
 
 def timed(
@@ -130,10 +130,11 @@ class _Bench:
         """Return the CPU seconds of one run of every routing; wrong results take for ever."""
         if self.fault(tiles):
             return math.inf
-        return sum(
-            self.pool.makespan(partial(run_tiles, *layer, tiles, self.pool))
-            for layer in self._layers
-        )
+        found = 0.0
+        for layer in self._layers:
+            clear_caches()
+            found += self.pool.makespan(partial(run_tiles, *layer, tiles, self.pool))
+        return found
 
 
 def _raced(bench: _Bench, tried: Iterable[CpuTiles]) -> tuple[CpuTiles, float]:
@@ -148,5 +149,7 @@ def _raced(bench: _Bench, tried: Iterable[CpuTiles]) -> tuple[CpuTiles, float]:
     for vary in variations:
         best = heat(itertools.chain.from_iterable(map(vary, best)), bench.seconds, _HEATS)
     right = [tiles for tiles in best if not bench.fault(tiles)]
-    ended = race(right, CpuTiles(), bench.seconds, (), _RUN_OFF)
+    once = bench.seconds(CpuTiles()) * bench.pool.size * (len(right) + 1)
+    rounds = max(_FEWEST, min(_MOST, int(_RUN_OFF_S / once)))
+    ended = race(right, CpuTiles(), bench.seconds, (), rounds)
     return ended.winner, ended.speedup.median
