@@ -71,6 +71,21 @@ def test_the_fastest_tiles_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert one.us == pytest.approx(0.95e6)
 
 
+def test_caches_are_cold_before_every_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    makespan = Pool.makespan
+
+    def timing(pool: Pool, work: Callable[[], object]) -> float:
+        events.append("timed")
+        return makespan(pool, work)
+
+    monkeypatch.setattr(Pool, "makespan", timing)
+    monkeypatch.setattr(moe_cpu, "clear_caches", lambda: events.append("cold"))
+    timed(SHAPE, [EVEN], print, threads=1)
+    assert len(events) > 20
+    assert events == ["cold", "timed"] * (len(events) // 2)
+
+
 def test_no_packed_weights_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
 
