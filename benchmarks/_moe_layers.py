@@ -13,6 +13,7 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from ditune.db.moe import MoeShape
+from ditune.kernels.cpu_pool import Pool
 from ditune.kernels.histograms import Kind, histogram
 from ditune.kernels.reference import Experts
 from ditune.tuner.drawn import tokens_of
@@ -112,6 +113,30 @@ def dense(case: Case, experts: Experts, *, fresh: bool) -> Contestant:
     compute = anew if fresh else kept
     compute()
     return compute
+
+
+def dense_on(case: Case, experts: Experts, pool: Pool) -> Contestant:
+    """Return the same two GEMMs, each thread of a pool with its share of the rows.
+
+    Args:
+        case: How many rows.
+        experts: The first one's weights are taken.
+        pool: The threads.
+    """
+    rows = torch.randn(case.rows, _HIDDEN, generator=torch.Generator().manual_seed(2))
+    up, down = experts.gate_up[0].T, experts.down[0].T
+    found = torch.empty_like(rows)
+    shares = list(zip(rows.chunk(pool.size), found.chunk(pool.size), strict=True))
+
+    def compute(share: tuple[Tensor, Tensor]) -> None:
+        given, out = share
+        torch.mm(torch.mm(given, up)[:, :_INNER], down, out=out)
+
+    def together() -> Tensor:
+        pool.run(compute, shares)
+        return found
+
+    return together
 
 
 def peers(layer: Layer) -> dict[str, Contestant]:
