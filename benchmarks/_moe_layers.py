@@ -99,8 +99,7 @@ def dense(case: Case, experts: Experts, *, fresh: bool) -> Contestant:
         experts: The first one's weights are taken.
         fresh: Whether results are new tensors, as one writes it, or lie in memory that is kept.
     """
-    rows = torch.randn(case.rows, _HIDDEN, generator=torch.Generator().manual_seed(2))
-    up, down = experts.gate_up[0].T, experts.down[0].T
+    rows, up, down = _operands(case, experts)
     both, out = rows.new_empty(case.rows, 2 * _INNER), torch.empty_like(rows)
 
     def anew() -> Tensor:
@@ -123,8 +122,7 @@ def dense_on(case: Case, experts: Experts, pool: Pool) -> Contestant:
         experts: The first one's weights are taken.
         pool: The threads.
     """
-    rows = torch.randn(case.rows, _HIDDEN, generator=torch.Generator().manual_seed(2))
-    up, down = experts.gate_up[0].T, experts.down[0].T
+    rows, up, down = _operands(case, experts)
     found = torch.empty_like(rows)
     shares = list(zip(rows.chunk(pool.size), found.chunk(pool.size), strict=True))
 
@@ -137,6 +135,12 @@ def dense_on(case: Case, experts: Experts, pool: Pool) -> Contestant:
         return found
 
     return together
+
+
+def _operands(case: Case, experts: Experts) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows, and both weights of one expert as right operands."""
+    rows = torch.randn(case.rows, _HIDDEN, generator=torch.Generator().manual_seed(2))
+    return rows, experts.gate_up[0].T, experts.down[0].T
 
 
 def peers(layer: Layer) -> dict[str, Contestant]:
