@@ -178,7 +178,7 @@ def _interleaved(
 
 
 def _elsewhere(layer: Layer) -> Layer:
-    """Return a layer in other memory: how pages lie to the caches is worth some percent."""
+    """Return a layer in other memory: processes differ by some percent, likely by their pages."""
     hidden, experts, indices, weights = layer
     copied = Experts(experts.gate_up.clone(), experts.down.clone())
     return hidden.clone(), copied, indices.clone(), weights.clone()
