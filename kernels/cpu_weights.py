@@ -108,9 +108,8 @@ def _onednn_dtypes() -> set[torch.dtype]:
     """Return the dtypes in which oneDNN computes on this CPU."""
     if not torch.backends.mkldnn.is_available():
         return set()
-    supported = {
-        torch.float32: lambda: True,
+    narrow = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
-    return {dtype for dtype, here in supported.items() if here()}
+    return {torch.float32, *(dtype for dtype, here in narrow.items() if here())}
