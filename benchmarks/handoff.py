@@ -128,8 +128,9 @@ class Comparison:
         read = json.loads(path.read_text())
         trials = [Trial.model_validate_json(json.dumps(each)) for each in read["trials"]]
         sigmas = tuple(read["sigmas"])
-        ordered = candidates(trials, len(trials), sigmas)
-        return Found(tuple(trial.policy for trial in ordered), sigmas, Pace(trials, sigmas))
+        pace = Pace(trials, sigmas)
+        ordered = candidates(trials, len(trials), pace)
+        return Found(tuple(trial.policy for trial in ordered), sigmas, pace)
 
     def _search(self) -> tuple[list[Trial], list[float]]:
         """Run the search that `tune run` runs."""

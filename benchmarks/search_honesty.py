@@ -70,7 +70,7 @@ def simulated(seed: int, kind: Kind, options: Options) -> Found:
     contenders = to_prove(trials, space, evaluator.constraints, len(proof), most)
     provenance = Provenance("study-simulated", PROMPTS)
     shipped = confirm(Proof(evaluator, proof, trials=trials), contenders, provenance)
-    fastest = candidates(trials, 1, space.sigmas)
+    fastest = candidates(trials, 1, space.pace(trials))
     naive = fastest[0].policy if fastest else Policy()
     won = shipped.policy
     return Found(

@@ -117,5 +117,5 @@ def to_prove(
         return Foreseen(space, trials, proof_prompts, most)
     if any(map(counts, constraints)):
         most *= _MORE_OF_COUNTS
-    policies = [trial.policy for trial in candidates(trials, most, space.sigmas)]
+    policies = [trial.policy for trial in candidates(trials, most, space.pace(trials))]
     return Narrowed(policies, space.sigmas)

@@ -28,7 +28,6 @@ from ditune.tuner.gauges import GaugedEvaluator
 from ditune.tuner.goals import CONFIRM_SEED, search_cases
 from ditune.tuner.here import Here
 from ditune.tuner.meter import Meter
-from ditune.tuner.pace import Pace
 from ditune.tuner.profiled import profiled
 from ditune.tuner.progress import Progress, Quiet
 from ditune.tuner.quality import lower_bound, metrics, prepare, require_metric, summarise
@@ -158,7 +157,7 @@ class CurveSession:
         self, study: Study, space: Space, proposed: tuple[Policy, Proposer], done: Sequence[Trial]
     ) -> Job:
         policy, source = proposed
-        foreseen = Pace(done, space.sigmas).foreseen(policy)
+        foreseen = space.pace(done).foreseen(policy)
         cases = self.cases
         return Job(
             uuid=uuid.uuid4().hex,

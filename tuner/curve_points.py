@@ -15,7 +15,7 @@ from ditune.db.curve import Also, CurvePoint, taken
 from ditune.db.policy import MaskCache, Policy
 from ditune.db.records import Constraint, Proposer, Quality, Trial
 from ditune.tuner.frontier import best_masks
-from ditune.tuner.pace import Pace, whole_mask
+from ditune.tuner.pace import whole_mask
 from ditune.tuner.pareto import Point, budgets, front, spread
 from ditune.tuner.quality import in_decibels
 from ditune.tuner.space import Space
@@ -161,7 +161,7 @@ def to_prove(
         objectives: What counts.
         most: How many at most; then they lie far from each other on the curve.
     """
-    pace = Pace(trials, space.sigmas)
+    pace = space.pace(trials)
     complete = [trial for trial in trials if trial.state == "complete"]
     speedups = [1.0 if t.policy == Policy() else pace.speedup(t) for t in complete]
     points = [

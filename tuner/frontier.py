@@ -19,7 +19,7 @@ from scipy import stats
 from ditune.db.policy import Action, Form, MaskCache, Payload, Policy
 from ditune.db.records import Quality, Score, Trial
 from ditune.profiler.statistics import mean_below, worst_below
-from ditune.tuner.pace import Pace, whole_mask
+from ditune.tuner.pace import whole_mask
 from ditune.tuner.quality import UNSEEN, in_decibels
 from ditune.tuner.sequential import pattern
 from ditune.tuner.space import Proposal, Space
@@ -76,7 +76,7 @@ class Frontier:
         self._schedules = space.schedules
         self._space = space
         trials = [trial for trial in trials if trial.quality]  # not those that failed
-        self._pace = Pace(trials, space.sigmas)
+        self._pace = space.pace(trials)
         seen = [Glimpse(t.policy, t.quality, _spreads_in(t), scores=t.scores) for t in trials]
         self._others = [
             t
@@ -214,14 +214,13 @@ class Frontier:
 def best_masks(space: Space, surrogate: Surrogate) -> Iterator[MaskCache]:
     """Yield the masks that a surrogate finds best.
 
-    There is one for every payload and every number of computed steps.
+    For every payload and every number of computed steps there is one, or a few.
 
     Args:
         space: With trajectories.
         surrogate: Fitted to what masks of the space gave.
     """
-    assert space.schedules is not None
-    for computed in space.schedules.frontier(surrogate.weights, surrogate.power):
+    for computed in surrogate.schedules():
         if space.fewest <= len(computed) < space.steps:
             for payload in _payloads(space.arc_length):
                 yield MaskCache(actions=_actions(computed, space.steps), payload=payload)

@@ -28,14 +28,19 @@ class Pace:
     zero.
     """
 
-    def __init__(self, trials: Sequence[Trial], sigmas: Sequence[float]) -> None:
+    def __init__(
+        self, trials: Sequence[Trial], sigmas: Sequence[float], outside_blocks: float = 0.0
+    ) -> None:
         """Fit what the trials say.
 
         Args:
             trials: Of one study.
             sigmas: Noise level of each step; without them hand-offs stand for themselves.
+            outside_blocks: Share of a forward that is spent outside of its blocks, 0 to 1: where
+                hidden states are reused, that is computed in every step.
         """
         self._sigmas = sigmas
+        self._outside_blocks = outside_blocks
         speedups, rows = [1.0], [(1.0, 1.0, 0.0)]  # the plain call
         self._masks = 0
         for trial in trials:
@@ -90,7 +95,7 @@ class Pace:
         None where it shows only while the policy runs: blocks of two models do not add up.
         """
         if policy.handoff is None:
-            return None if work_ratio is None else (1.0 / work_ratio, 0.0)
+            return None if work_ratio is None else (self._with_outside(policy, 1 / work_ratio), 0.0)
         cache, steps = policy.cache, len(self._sigmas)
         if isinstance(policy.handoff, AdaptiveHandoff) or not steps:
             return None
@@ -102,6 +107,12 @@ class Pace:
             computed = {step for step in computed if cache.actions[step] == "full"}
         return len(computed - small) / steps, len(computed & small) / steps
 
+    def _with_outside(self, policy: Policy, blocks_run: float) -> float:
+        """Return the share of forwards that is computed where such a share of blocks is."""
+        if policy.cache is None or policy.cache.payload.form != "hidden":
+            return blocks_run
+        return blocks_run + self._outside_blocks * (1.0 - blocks_run)
+
 
 def whole_mask(policy: Policy) -> bool:
     """Whether a policy is a mask that computes or reuses whole steps, and nothing else."""
@@ -111,19 +122,18 @@ def whole_mask(policy: Policy) -> bool:
     return _WHOLE.issuperset(cache.actions)
 
 
-def fastest_held(trials: Sequence[Trial], sigmas: Sequence[float]) -> float | None:
+def fastest_held(trials: Sequence[Trial], pace: Pace) -> float | None:
     """Return the greatest speedup among the trials that hold every floor, None if none does.
 
     Args:
         trials: Of one study; the plain pipeline's does not count.
-        sigmas: Noise level of each step.
+        pace: Of these trials.
     """
-    pace = Pace(trials, sigmas)
     held = [trial for trial in trials if trial.feasible and trial.policy != Policy()]
     return max((pace.speedup(trial) for trial in held), default=None)
 
 
-def candidates(trials: Sequence[Trial], count: int, sigmas: Sequence[float] = ()) -> list[Trial]:
+def candidates(trials: Sequence[Trial], count: int, pace: Pace) -> list[Trial]:
     """Return the trials to confirm: distinct policies, the fastest first.
 
     Those that may have been unlucky are among them: where a metric counts, a few dozen videos say
@@ -132,9 +142,8 @@ def candidates(trials: Sequence[Trial], count: int, sigmas: Sequence[float] = ()
     Args:
         trials: Of one study.
         count: How many at most.
-        sigmas: Noise level of each step.
+        pace: Of these trials.
     """
-    pace = Pace(trials, sigmas)
     possible = [
         trial
         for trial in trials

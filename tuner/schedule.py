@@ -82,18 +82,22 @@ class StepSchedules:
             self._known[early] = self.frontier(gains(self.steps, early) ** 2)
         return list(self._known[early][budget - 1])
 
-    def frontier(self, weights: np.ndarray, power: float = 0.0) -> list[tuple[int, ...]]:
+    def frontier(
+        self, weights: np.ndarray, powers: np.ndarray | float = 0.0
+    ) -> list[tuple[int, ...]]:
         """Return the best steps to compute for every budget from 1 to the number of steps.
 
         Args:
             weights: How much a squared error counts that is made at each step, or after the last
                 one [steps + 1].
-            power: Of the number of steps that a gap reuses, with which its error counts more.
+            powers: Of the number of steps that a gap reuses, with which its error counts more;
+                one for all, or one for each step [steps + 1].
         """
         steps = self.steps
+        powers = np.broadcast_to(powers, steps + 1)
         after = np.arange(steps)
         reused = np.maximum(np.arange(steps + 1) - after[:, None] - 1, 1)
-        gap = self._errors * weights[self._middle] * reused**power
+        gap = self._errors * weights[self._middle] * reused ** powers[self._middle]
         # best[a, b]: least cost of a schedule that begins with step 0 and ends with a and b so far
         best = np.full((steps, steps), np.inf)
         best[0, 0] = 0.0

@@ -28,7 +28,7 @@ from ditune.tuner.evaluate import Case, Evaluates
 from ditune.tuner.frontier import foreseeable
 from ditune.tuner.here import Here
 from ditune.tuner.ladders import Ladders
-from ditune.tuner.pace import Pace, fastest_held
+from ditune.tuner.pace import fastest_held
 from ditune.tuner.quality import counts
 from ditune.tuner.sequential import expectations
 from ditune.tuner.space import Proposal, Space
@@ -295,7 +295,7 @@ class Search:
 
     def _job(self, policy: Policy, source: str, done: Sequence[Trial]) -> Job:
         done = with_known(self._known, done)
-        foreseen = Pace(done, self.space.sigmas).foreseen(policy)
+        foreseen = self.space.pace(done).foreseen(policy)
         number = next(self._numbers)
         # each trial takes the prompts in another order: so the first one, after which most is known
         # of a policy that is given up, is not always the same
@@ -334,7 +334,7 @@ class Search:
         counted = any(counts(constraint) for constraint in self.evaluator.constraints)
         if counted or policy.handoff is not None or source not in ("default", "search"):
             return None
-        fastest = fastest_held(done, self.space.sigmas)
+        fastest = fastest_held(done, self.space.pace(done))
         return None if fastest is None else _AS_FAST * fastest
 
     def _proposed(self, done: Sequence[Trial]) -> Proposal | None:
@@ -374,7 +374,7 @@ class Search:
             if trial.state == "failed":
                 self._asking.give_up(each)
             else:
-                pace = Pace(with_known(self._known, done), self.space.sigmas)
+                pace = self.space.pace(with_known(self._known, done))
                 self._asking.tell(each, trial, 1.0 / pace.speedup(trial))
 
     def _withdraw(self) -> None:

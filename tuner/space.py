@@ -30,10 +30,11 @@ from ditune.db.policy import (
     Policy,
     RuleCache,
 )
-from ditune.db.records import Profile
+from ditune.db.records import Profile, Trial
 from ditune.profiler.trajectory import Trajectory
 from ditune.tuner.handoffs import edge, ranked, small_steps, switched
 from ditune.tuner.masks import arc_length, densities, mask, place
+from ditune.tuner.pace import Pace
 from ditune.tuner.schedule import StepSchedules, arc_length_of
 
 Parameters = Mapping[str, float | int | str]
@@ -73,7 +74,9 @@ class Space:
         """
         self.steps = profile.workload.steps
         self.guidance = profile.workload.guidance
-        self.depth = sum(bool(_BLOCK.match(layer.name)) for layer in profile.layers) or 1
+        blocks = [layer for layer in profile.layers if _BLOCK.match(layer.name)]
+        self.depth = len(blocks) or 1
+        self._outside_blocks = _outside(profile, sum(block.median_ms for block in blocks))
         self._density = densities(profile.redundancy, self.steps)
         self.disagreement = profile.disagreement if handoff else None
         known = [step.sigma for step in profile.redundancy if step.sigma is not None]
@@ -104,6 +107,10 @@ class Space:
         if isinstance(cache, MaskCache) and set(cache.actions) == {"full"}:
             return Policy(handoff=handoff)
         return Policy(cache=cache, handoff=handoff)
+
+    def pace(self, trials: Sequence[Trial]) -> Pace:
+        """Return how fast policies of this space are by what trials of it measured."""
+        return Pace(trials, self.sigmas, self._outside_blocks)
 
     def baseline(self) -> Proposal:
         """Return the plain pipeline."""
@@ -334,6 +341,12 @@ class Space:
             return switched(self.sigmas, large_steps, head_steps=head_steps, tail_steps=tail_steps)
         back = edge(self.sigmas, self.steps - tail_steps) if tail_steps else None
         return AdaptiveHandoff(delta=float(point["delta"]), until=back)
+
+
+def _outside(profile: Profile, blocks_ms: float) -> float:
+    """Return the share of a forward outside of its blocks, 0 where the profile does not say."""
+    whole_ms = next((e.median_ms for e in profile.layers if e.name == "transformer"), 0.0)
+    return max(1.0 - blocks_ms / whole_ms, 0.0) if whole_ms else 0.0
 
 
 def _typical(profile: Profile) -> float:

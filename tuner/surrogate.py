@@ -28,8 +28,11 @@ _NOISE_DB = 0.5  # what the model cannot know of one mask on some prompts
 _NONE = 1e-7  # squared error that nothing gets below
 _TINY = 1e-4  # step of numerical slopes
 _POWER_SD = 1.0  # of the number of steps that a gap reuses, with which its error counts more
-_LEVEL, _SLOPE, _POWER = 0, 1, 2  # places in the vector of unknowns; the bumps and payloads follow
-_BUMP = _POWER + 1
+_LEAN_SD = 1.0  # by how much that power is greater at the beginning, and less at the end
+_DRAWS = 4  # fits that are possible, too: their masks are looked at beside the best one's
+# places in the vector of unknowns; the bumps and payloads follow
+_LEVEL, _SLOPE, _POWER, _LEAN = 0, 1, 2, 3
+_BUMP = _LEAN + 1
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Surrogate:
         self._schedules = schedules
         self._usual = gains(schedules.steps, _EARLY) ** 2
         self._bumps = _bumps(schedules.steps)
+        self._leaning = np.linspace(1.0, -1.0, schedules.steps + 1)
         self._rows = _Rows(
             *map(np.array, zip(*(self._row(s.cache, s.elsewhere) for s in seen), strict=True))
         )
@@ -88,9 +92,25 @@ class Surrogate:
         return self._weights(self._unknown)
 
     @property
-    def power(self) -> float:
-        """With which power of the steps that it reuses a gap counts more than the profile says."""
-        return float(self._unknown[_POWER])
+    def powers(self) -> np.ndarray:
+        """With which power of the steps that it reuses a gap counts more than the profile says.
+
+        By where the gap lies [steps + 1]: long gaps may be worse at the beginning than at the end.
+        """
+        return self._powers(self._unknown)
+
+    def schedules(self) -> list[tuple[int, ...]]:
+        """Return the steps to compute that the fit finds best, for every budget.
+
+        After them, for up to half of the steps, those that some other fits would find best: as
+        many fits as `_DRAWS`, drawn by how probable they are.
+        """
+        found = self._schedules.frontier(self.weights, self.powers)
+        random = np.random.default_rng(len(self._rows.others))
+        for drawn in random.multivariate_normal(self._unknown, self._covariance, size=_DRAWS):
+            best = self._schedules.frontier(self._weights(drawn), self._powers(drawn))
+            found += best[: self._schedules.steps // 2]
+        return list(dict.fromkeys(found))
 
     @property
     def elsewhere(self) -> tuple[float, float]:
@@ -130,7 +150,8 @@ class Surrogate:
 
     def _predicted(self, unknown: np.ndarray, rows: _Rows) -> np.ndarray:
         where, reused, squared = rows.gaps.swapaxes(0, 1)
-        weights = self._weights(unknown)[where.astype(int)] * np.exp(unknown[_POWER] * reused)
+        place = where.astype(int)
+        weights = self._weights(unknown)[place] * np.exp(self._powers(unknown)[place] * reused)
         errors = (squared * weights).sum(axis=1) + _NONE
         others = rows.others @ unknown[_BUMP + _BUMPS :]
         found: np.ndarray = unknown[_LEVEL] - unknown[_SLOPE] * 10.0 * np.log10(errors) + others
@@ -138,6 +159,10 @@ class Surrogate:
 
     def _weights(self, unknown: np.ndarray) -> np.ndarray:
         found: np.ndarray = self._usual * np.exp(unknown[_BUMP : _BUMP + _BUMPS] @ self._bumps)
+        return found
+
+    def _powers(self, unknown: np.ndarray) -> np.ndarray:
+        found: np.ndarray = unknown[_POWER] + unknown[_LEAN] * self._leaning
         return found
 
 
@@ -165,11 +190,12 @@ def _bumps(steps: int) -> np.ndarray:
 def _priors(elsewhere_sd: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean and the standard deviation of everything unknown, before any trial."""
     payloads = list(_PAYLOADS.values())
-    mean = [0.0, 1.0, 0.0, *[0.0] * _BUMPS, *[m for m, _ in payloads], 0.0]
+    mean = [0.0, 1.0, 0.0, 0.0, *[0.0] * _BUMPS, *[m for m, _ in payloads], 0.0]
     sd = [
         100.0,
         _SLOPE_SD,
         _POWER_SD,
+        _LEAN_SD,
         *[_WEIGHT_SD] * _BUMPS,
         *[s for _, s in payloads],
         elsewhere_sd,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from tests.tuner.test_search import prior
+from tests.tuner.test_search import prior, profile
 
-from ditune.db.policy import Action, AdaptiveHandoff, MaskCache, Policy, RuleCache
-from ditune.db.records import Trial
+from ditune.db.policy import Action, AdaptiveHandoff, MaskCache, Payload, Policy, RuleCache
+from ditune.db.records import LayerTiming, Trial
 from ditune.tuner.handoffs import switched
 from ditune.tuner.pace import Pace, candidates
+from ditune.tuner.space import Space
 
 STEPS = 20
 SIGMAS = [1.0 - step / STEPS for step in range(STEPS)]
@@ -40,9 +41,9 @@ def true_speedup(large: int, small: int) -> float:
 
 def test_one_unlucky_pair_does_not_turn_the_order_of_work_around() -> None:
     trials = [cached(1, 2.0, 1.9), cached(2, 3.1, 3.0), cached(3, 3.6, 2.95)]
-    assert [t.number for t in candidates(trials, 3)] == [3, 2, 1]
+    assert [t.number for t in candidates(trials, 3, Pace(trials, ()))] == [3, 2, 1]
     slow = [*trials[:2], cached(3, 3.6, 1.0)]  # so slow that it is no accident
-    assert [t.number for t in candidates(slow, 3)] == [2, 3, 1]
+    assert [t.number for t in candidates(slow, 3, Pace(slow, ()))] == [2, 3, 1]
 
 
 def masked(computed: int, speedup: float | None = None, pairs: int = 1) -> Trial:
@@ -60,6 +61,29 @@ def test_five_masks_tell_how_fast_every_other_will_be() -> None:
     assert Pace(timed, SIGMAS).foreseen(unseen.policy) == pytest.approx(unseen.speedup)
     for unknown in (Policy(), handed(8), handed(8, computed=(0, 4)), Policy(cache=RuleCache())):
         assert Pace(timed, SIGMAS).foreseen(unknown) is None
+
+
+def test_reused_hidden_states_cost_what_lies_outside_of_the_blocks() -> None:
+    timed = [masked(computed) for computed in (4, 6, 9, 13, 18)]
+    plain = masked(5).policy
+    assert isinstance(plain.cache, MaskCache)
+    reused = plain.cache.model_copy(update={"payload": Payload(form="hidden")})
+    pace = Pace(timed, SIGMAS, outside_blocks=0.1)
+    assert pace.foreseen(plain) == pytest.approx(masked(5).speedup)
+    computed = 5 / STEPS
+    expected = 1.0 / (0.2 + 0.8 * (computed + 0.1 * (1.0 - computed)))
+    assert pace.foreseen(Policy(cache=reused)) == pytest.approx(expected)
+
+
+def test_the_profile_says_how_much_lies_outside_of_the_blocks() -> None:
+    found = profile()  # ten blocks of 1 ms
+    whole = LayerTiming(name="transformer", median_ms=12.5, p20_ms=12.5, p80_ms=12.5, n=9)
+    cache = MaskCache(actions=("full", *["step"] * (STEPS - 1)), payload=Payload(form="hidden"))
+    trial = measured(1, Policy(cache=cache), 1.0, STEPS)
+    for layers, work in ((found.layers, 0.05), ((*found.layers, whole), 0.05 + 0.2 * 0.95)):
+        space = Space(found.model_copy(update={"layers": layers}), handoff=False)
+        expected = space.pace([]).expected(trial.policy, trial.work_ratio)
+        assert expected == pytest.approx(1.0 / work)
 
 
 def test_a_speedup_that_was_only_expected_teaches_nothing() -> None:
@@ -86,8 +110,8 @@ def test_a_lucky_hand_off_with_more_large_steps_does_not_go_first() -> None:
         for n in (4, 5, 7, 8, 11, 14)
     ]
     assert max(trials[2:], key=lambda t: t.speedup or 0.0).number == 8
-    assert [t.number for t in candidates(trials, 6, SIGMAS)] == [4, 5, 7, 8, 11, 14]
-    assert [t.number for t in candidates(trials, 2, SIGMAS)] == [4, 5]
+    assert [t.number for t in candidates(trials, 6, Pace(trials, SIGMAS))] == [4, 5, 7, 8, 11, 14]
+    assert [t.number for t in candidates(trials, 2, Pace(trials, SIGMAS))] == [4, 5]
 
 
 def test_work_that_shows_only_in_the_run_says_nothing() -> None:
@@ -112,4 +136,5 @@ def test_what_may_have_been_unlucky_is_looked_at_and_what_missed_for_sure_is_not
     unlucky = unlucky.model_copy(update={"violation": {"judge_digit": 0.5}})
     sure = sure.model_copy(update={"violation": {"judge_digit": 2.0}, "reason": "misses"})
     early = cached(4, 5.0, 5.0).model_copy(update={"state": "rejected"})
-    assert [t.number for t in candidates([held, unlucky, sure, early], 4)] == [2, 1]
+    trials = [held, unlucky, sure, early]
+    assert [t.number for t in candidates(trials, 4, Pace(trials, ()))] == [2, 1]

@@ -178,7 +178,7 @@ def test_baseline_comes_first_and_the_search_finds_something_faster(store: Store
     assert [t.source for t in trials].count("default") == 1
     assert Policy() == trials[0].policy
     assert list(range(14)) == [t.number for t in trials]
-    best = candidates(trials, 3)
+    best = candidates(trials, 3, found.space.pace(trials))
     assert best[0].speedup is not None and best[0].speedup > 1.5
     assert all(t.feasible for t in best)
 
@@ -298,7 +298,7 @@ def test_so_many_trials_are_made_however_little_time_there_is(store: Store) -> N
 def test_no_speed_is_asked_where_it_is_not_certain(store: Store) -> None:
     found, evaluator = search(store)
     done = found.run(Budget(trials=8), lambda *_: None)
-    fastest = fastest_held(done, found.space.sigmas)
+    fastest = fastest_held(done, found.space.pace(done))
     assert fastest is not None and fastest > 1.5
     policy = found.space.policy(found.space.default().parameters)
     assert found._to_beat(policy, "search", done) == 0.98 * fastest

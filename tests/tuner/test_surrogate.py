@@ -80,6 +80,35 @@ def test_masks_for_the_fitted_weights_are_better_than_the_usual_ones(
     assert float(np.mean(gain)) > 0.5
 
 
+def test_long_gaps_may_be_worse_at_the_beginning(schedules: StepSchedules) -> None:
+    lean, masks = np.linspace(1.5, -1.5, STEPS + 1), drawn(30, 2)
+
+    def level(cache: MaskCache) -> float:
+        computed = [step for step, action in enumerate(cache.actions) if action == "full"]
+        where, reused, squared = schedules.errors(computed)
+        growth = np.maximum(reused, 1) ** lean[where]
+        return LEVEL_DB - 10.0 * float(np.log10(squared @ (gains(STEPS, 5.0)[where] ** 2 * growth)))
+
+    known = Surrogate(schedules, [Seen(m, level(m), 0.2) for m in masks])
+    assert known.powers[0] - known.powers[-1] > 1.5
+    assert np.all(np.diff(known.powers) < 0.0)
+
+
+def test_schedules_are_those_of_the_best_fit_and_of_others_that_are_possible(
+    schedules: StepSchedules,
+) -> None:
+    known = fitted(schedules, 4)
+    found = known.schedules()
+    best = schedules.frontier(known.weights, known.powers)
+    assert found[:STEPS] == best
+    others = found[STEPS:]
+    assert others and not set(others) & set(best)
+    assert max(map(len, others)) <= STEPS // 2
+    assert found == fitted(schedules, 4).schedules()
+    surer = fitted(schedules, 16)
+    assert len(surer.schedules()) < len(found)
+
+
 def test_what_a_payload_changes_is_learnt(schedules: StepSchedules) -> None:
     known = fitted(schedules, 16)
     chosen = (0, 3, 7, 11, 15)

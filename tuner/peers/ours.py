@@ -58,7 +58,8 @@ def fastest(
         str(folder / _SEARCHES),
         lambda search: search.run(budget, progress),
     )
-    return [setting_of(trial.policy) for trial in candidates(trials, budget.trials)]
+    found = candidates(trials, budget.trials, space.pace(trials))
+    return [setting_of(trial.policy) for trial in found]
 
 
 def setting_of(policy: Policy) -> Setting:
