@@ -114,12 +114,18 @@ class LayerClock:
 
 
 def layers_of(pipe: Any) -> dict[str, nn.Module]:
-    """Return the modules worth timing: text encoder, blocks, whole transformers, VAE decoder."""
+    """Return the modules worth timing: text encoder, blocks, whole transformers, VAE decoder.
+
+    Of a transformer also what stands beside the blocks, its embeddings and its head.
+    """
     modules: dict[str, nn.Module] = {}
     if isinstance(encoder := getattr(pipe, "text_encoder", None), nn.Module):
         modules["text_encoder"] = encoder
     for model, name in zip(denoisers(pipe), ("transformer", "transformer_2"), strict=False):
-        modules |= {f"{name}.{k}": block for k, block in BlockStack(model).named_blocks().items()}
+        stack = BlockStack(model)
+        beside = {k: part for k, part in model.named_children() if k not in stack.names}
+        parts = {**stack.named_blocks(), **beside}
+        modules |= {f"{name}.{part}": module for part, module in parts.items()}
         modules[name] = model
     decoder = getattr(getattr(pipe, "vae", None), "decoder", None)
     if isinstance(decoder, nn.Module):

@@ -30,7 +30,7 @@ from ditune.db.policy import (
     Policy,
     RuleCache,
 )
-from ditune.db.records import Profile, Trial
+from ditune.db.records import LayerTiming, Profile, Trial
 from ditune.profiler.trajectory import Trajectory
 from ditune.tuner.handoffs import edge, ranked, small_steps, switched
 from ditune.tuner.masks import arc_length, densities, mask, place
@@ -40,6 +40,7 @@ from ditune.tuner.schedule import StepSchedules, arc_length_of
 Parameters = Mapping[str, float | int | str]
 _COMPUTE_MIN = 0.05  # as a fraction of the steps
 _BLOCK = re.compile(r"transformer\.\w+\.\d+$")  # how a profile names the blocks of the denoiser
+_BESIDE = re.compile(r"transformer\.\w+$")  # and its embeddings and its head
 EARLY = (5.0, 2.0, 12.0)  # what masks try in turn: how much more an early error counts
 _INTERVALS = "intervals"  # no indicator: MixCache's own trigger
 _ARC_LENGTH, _STEP = "arc_length", "step"  # what forecasts run over
@@ -74,9 +75,8 @@ class Space:
         """
         self.steps = profile.workload.steps
         self.guidance = profile.workload.guidance
-        blocks = [layer for layer in profile.layers if _BLOCK.match(layer.name)]
-        self.depth = len(blocks) or 1
-        self._outside_blocks = _outside(profile, sum(block.median_ms for block in blocks))
+        self.depth = sum(bool(_BLOCK.match(layer.name)) for layer in profile.layers) or 1
+        self._outside_blocks = _outside(profile.layers)
         self._density = densities(profile.redundancy, self.steps)
         self.disagreement = profile.disagreement if handoff else None
         known = [step.sigma for step in profile.redundancy if step.sigma is not None]
@@ -343,10 +343,11 @@ class Space:
         return AdaptiveHandoff(delta=float(point["delta"]), until=back)
 
 
-def _outside(profile: Profile, blocks_ms: float) -> float:
-    """Return the share of a forward outside of its blocks, 0 where the profile does not say."""
-    whole_ms = next((e.median_ms for e in profile.layers if e.name == "transformer"), 0.0)
-    return max(1.0 - blocks_ms / whole_ms, 0.0) if whole_ms else 0.0
+def _outside(layers: Sequence[LayerTiming]) -> float:
+    """Return the share of a forward in embeddings and head, 0 where the profile does not say."""
+    total_ms = {layer.name: layer.median_ms * layer.n for layer in layers}
+    beside_ms = sum(ms for name, ms in total_ms.items() if _BESIDE.match(name))
+    return min(beside_ms / total_ms["transformer"], 1.0) if total_ms.get("transformer") else 0.0
 
 
 def _typical(profile: Profile) -> float:

@@ -37,7 +37,9 @@ def test_every_block_is_timed_and_the_clock_comes_off(pipe: WanPipeline, generat
         generate(pipe)
     found = {layer.name: layer for layer in clock.timings()}
     outside = found.pop(OUTSIDE)
+    beside = ("patch_embedding", "rope", "condition_embedder", "norm_out", "proj_out")
     names = {f"transformer.blocks.{i}" for i in range(4)} | {"transformer"}
+    names |= {f"transformer.{part}" for part in beside}
     assert names == set(found)
     assert outside.median_ms > 0.0
     assert all(layer.n == 24 for layer in found.values())

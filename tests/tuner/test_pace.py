@@ -75,12 +75,17 @@ def test_reused_hidden_states_cost_what_lies_outside_of_the_blocks() -> None:
     assert pace.foreseen(Policy(cache=reused)) == pytest.approx(expected)
 
 
+def layer(name: str, median_ms: float, calls: int) -> LayerTiming:
+    return LayerTiming(name=name, median_ms=median_ms, p20_ms=median_ms, p80_ms=median_ms, n=calls)
+
+
 def test_the_profile_says_how_much_lies_outside_of_the_blocks() -> None:
     found = profile()  # ten blocks of 1 ms
-    whole = LayerTiming(name="transformer", median_ms=12.5, p20_ms=12.5, p80_ms=12.5, n=9)
+    timed = (layer("transformer", 12.5, 9), layer("transformer.embedder", 0.75, 18))
+    timed = (*timed, layer("transformer.proj_out", 1.0, 9), layer("vae.decoder", 9.0, 1))
     cache = MaskCache(actions=("full", *["step"] * (STEPS - 1)), payload=Payload(form="hidden"))
     trial = measured(1, Policy(cache=cache), 1.0, STEPS)
-    for layers, work in ((found.layers, 0.05), ((*found.layers, whole), 0.05 + 0.2 * 0.95)):
+    for layers, work in ((found.layers, 0.05), ((*found.layers, *timed), 0.05 + 0.2 * 0.95)):
         space = Space(found.model_copy(update={"layers": layers}), handoff=False)
         expected = space.pace([]).expected(trial.policy, trial.work_ratio)
         assert expected == pytest.approx(1.0 / work)
