@@ -83,15 +83,16 @@ class StepSchedules:
         return list(self._known[early][budget - 1])
 
     def frontier(
-        self, weights: np.ndarray, powers: np.ndarray | float = 0.0
+        self, weights: np.ndarray, powers: np.ndarray | float = 0.0, most: int | None = None
     ) -> list[tuple[int, ...]]:
-        """Return the best steps to compute for every budget from 1 to the number of steps.
+        """Return the best steps to compute for every budget from 1 on.
 
         Args:
             weights: How much a squared error counts that is made at each step, or after the last
                 one [steps + 1].
             powers: Of the number of steps that a gap reuses, with which its error counts more;
                 one for all, or one for each step [steps + 1].
+            most: The greatest budget; by default all steps.
         """
         steps = self.steps
         powers = np.broadcast_to(powers, steps + 1)
@@ -103,7 +104,7 @@ class StepSchedules:
         best[0, 0] = 0.0
         earlier: list[np.ndarray] = []
         found = []
-        for _ in range(steps):
+        for _ in range(steps if most is None else most):
             total = best + gap[:, :, steps]
             found.append(_chosen(earlier, int(total.argmin()), steps))
             through = best[:, :, None] + gap[:, :, :steps]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import least_squares
 
-from ditune.db.policy import MaskCache, Payload
+from ditune.db.policy import Action, MaskCache, Payload
 from ditune.tuner.schedule import StepSchedules, gains
 
 _BUMPS = 6  # of the weights' curve over the steps, beside the usual one
@@ -67,6 +67,7 @@ class Surrogate:
                 as a standard deviation in decibels.
         """
         self._schedules = schedules
+        self._tables: dict[tuple[Action, ...], np.ndarray] = {}
         self._usual = gains(schedules.steps, _EARLY) ** 2
         self._bumps = _bumps(schedules.steps)
         self._leaning = np.linspace(1.0, -1.0, schedules.steps + 1)
@@ -108,8 +109,8 @@ class Surrogate:
         found = self._schedules.frontier(self.weights, self.powers)
         random = np.random.default_rng(len(self._rows.others))
         for drawn in random.multivariate_normal(self._unknown, self._covariance, size=_DRAWS):
-            best = self._schedules.frontier(self._weights(drawn), self._powers(drawn))
-            found += best[: self._schedules.steps // 2]
+            weights, powers = self._weights(drawn), self._powers(drawn)
+            found += self._schedules.frontier(weights, powers, self._schedules.steps // 2)
         return list(dict.fromkeys(found))
 
     @property
@@ -141,12 +142,15 @@ class Surrogate:
 
         There are as many columns as steps; [where, log of reused steps, squared error].
         """
-        computed = [step for step, action in enumerate(cache.actions) if action == "full"]
-        gaps = self._schedules.errors(computed)
-        table = np.zeros((3, self._schedules.steps))
-        table[:, : len(computed)] = gaps.where, np.log(np.maximum(gaps.reused, 1)), gaps.squared
+        if cache.actions not in self._tables:  # many masks differ in their payload alone
+            computed = [step for step, action in enumerate(cache.actions) if action == "full"]
+            gaps = self._schedules.errors(computed)
+            table = np.zeros((3, self._schedules.steps))
+            table[:, : len(computed)] = gaps.where, np.log(np.maximum(gaps.reused, 1)), gaps.squared
+            self._tables[cache.actions] = table
         named = _named(cache.payload)
-        return table, np.array([*(name in named for name in _PAYLOADS), elsewhere], dtype=float)
+        others = np.array([*(name in named for name in _PAYLOADS), elsewhere], dtype=float)
+        return self._tables[cache.actions], others
 
     def _predicted(self, unknown: np.ndarray, rows: _Rows) -> np.ndarray:
         where, reused, squared = rows.gaps.swapaxes(0, 1)
