@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ditune.db.policy import Policy
 from ditune.db.records import Constraint, Trial
 from ditune.tuner.confirm import Candidates, Listed, Looked
-from ditune.tuner.frontier import Frontier, Glimpse, foreseeable, spreads
+from ditune.tuner.frontier import Choice, Frontier, Glimpse, foreseeable, spreads
 from ditune.tuner.handoffs import large_window, switched
 from ditune.tuner.pace import candidates
 from ditune.tuner.quality import counts
@@ -82,14 +83,29 @@ class Foreseen:
         choices = frontier.choices(elsewhere=True)
         seen = {each.policy: each for each in looked}
         held = [c.speedup for c in choices if c.policy in seen and not seen[c.policy].reason]
+        missed = [c.speedup for c in choices if c.policy in seen and seen[c.policy].reason]
         promises = {
-            choice.policy: choice.promise(max(held, default=1.0))
+            choice.policy: _doubted(choice, missed).promise(max(held, default=1.0))
             for choice in choices
             if choice.policy not in seen
         }
         best = max(promises, key=lambda policy: promises[policy], default=None)
         little = _WORTH if held else 0.0
         return best if best is not None and promises[best] > little else None
+
+
+def _doubted(choice: Choice, missed: Sequence[float]) -> Choice:
+    """Return a choice whose chance is shared with every miss of what is no faster.
+
+    What is foreseen is the level of all prompts. Where one of them falls alone, masks like the one
+    that missed look certain to pass, one after the other.
+
+    Args:
+        choice: By what is foreseen.
+        missed: Speedups of the candidates that missed.
+    """
+    slower = sum(speedup <= choice.speedup * (1.0 + _WORTH) for speedup in missed)
+    return replace(choice, chance=choice.chance / (1.0 + slower))
 
 
 def _glimpse(looked: Looked) -> Glimpse:

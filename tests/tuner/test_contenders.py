@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from tests.tuner.test_frontier import (
@@ -63,6 +64,20 @@ def test_harder_prompts_ask_for_more_steps(space: Space) -> None:
         for shift in (3.0, 0.0, -3.0)
     ]
     assert won[0] < won[1] < won[2]
+
+
+def test_a_prompt_that_falls_alone_is_not_met_by_one_mask_after_the_other(space: Space) -> None:
+    trials = searched(space, 14)
+    fastest = min(computed(each.policy) for each in proved(space, trials, 0.0) if not each.reason)
+    candidates = Foreseen(space, trials, PROOF_PROMPTS, 8)
+    seen: list[Looked] = []
+    while (policy := candidates.next(seen)) is not None:
+        found = looked(policy, level_db(space, policy))
+        falls = computed(policy) <= fastest  # whatever its mean is
+        seen.append(replace(found, reason="a prompt") if falls else found)
+    held = [computed(each.policy) for each in seen if not each.reason]
+    assert held and min(held) <= fastest + 2
+    assert sum(computed(each.policy) <= fastest for each in seen) <= 4
 
 
 def test_a_proof_ends(space: Space) -> None:
