@@ -95,7 +95,7 @@ class Foreseen:
 
 
 def _doubted(choice: Choice, missed: Sequence[float]) -> Choice:
-    """Return a choice whose chance is shared with every miss of what is no faster.
+    """Return a choice whose chance is halved by every miss of what is no faster.
 
     What is foreseen is the level of all prompts. Where one of them falls alone, masks like the one
     that missed look certain to pass, one after the other.
@@ -105,7 +105,7 @@ def _doubted(choice: Choice, missed: Sequence[float]) -> Choice:
         missed: Speedups of the candidates that missed.
     """
     slower = sum(speedup <= choice.speedup * (1.0 + _WORTH) for speedup in missed)
-    return replace(choice, chance=choice.chance / (1.0 + slower))
+    return replace(choice, chance=choice.chance * 0.5**slower)
 
 
 def _glimpse(looked: Looked) -> Glimpse:

@@ -77,7 +77,7 @@ def test_a_prompt_that_falls_alone_is_not_met_by_one_mask_after_the_other(space:
         seen.append(replace(found, reason="a prompt") if falls else found)
     held = [computed(each.policy) for each in seen if not each.reason]
     assert held and min(held) <= fastest + 2
-    assert sum(computed(each.policy) <= fastest for each in seen) <= 4
+    assert sum(computed(each.policy) <= fastest for each in seen) <= 5
 
 
 def test_a_proof_ends(space: Space) -> None:
