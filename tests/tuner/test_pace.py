@@ -81,9 +81,10 @@ def layer(name: str, median_ms: float, calls: int) -> LayerTiming:
 
 def test_the_profile_says_how_much_lies_outside_of_the_blocks() -> None:
     found = profile()  # ten blocks of 1 ms
-    timed = (layer("transformer", 12.5, 9), layer("transformer.embedder", 0.75, 18))
-    timed = (*timed, layer("transformer.proj_out", 1.0, 9), layer("vae.decoder", 9.0, 1))
-    cache = MaskCache(actions=("full", *["step"] * (STEPS - 1)), payload=Payload(form="hidden"))
+    beside = (layer("transformer.embedder", 0.75, 18), layer("transformer.proj_out", 1.0, 9))
+    timed = (layer("transformer", 12.5, 9), *beside, layer("vae.decoder", 9.0, 1))
+    reused: list[Action] = ["step"] * (STEPS - 1)
+    cache = MaskCache(actions=("full", *reused), payload=Payload(form="hidden"))
     trial = measured(1, Policy(cache=cache), 1.0, STEPS)
     for layers, work in ((found.layers, 0.05), ((*found.layers, *timed), 0.05 + 0.2 * 0.95)):
         space = Space(found.model_copy(update={"layers": layers}), handoff=False)
