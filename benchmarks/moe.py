@@ -98,13 +98,8 @@ def _time_one(benchmark: Benchmark, case: Case, layer: Layer, tiles: CpuTiles, p
 
     def placed() -> dict[str, Contestant]:
         mine = _elsewhere(layer)
-        return {
-            _TUNED: partial(run_tiles, *mine, tiles, pool),
-            _DEFAULT: partial(run_tiles, *mine, CpuTiles(), pool),
-            _DENSE: dense(case, mine[1], fresh=True),
-            _KEPT: dense(case, mine[1], fresh=False),
-            **peers(mine),
-        }
+        kept = {_KEPT: dense(case, mine[1], fresh=False)}
+        return {**_ours_and_dense(case, mine, tiles, pool), **kept, **peers(mine)}
 
     _check(placed(), moe_reference(*layer))
     times = _interleaved(placed, pool, pairs)
@@ -135,12 +130,8 @@ def _time_two(benchmark: Benchmark, case: Case, layer: Layer, tiles: CpuTiles, p
 
     def placed() -> dict[str, Contestant]:
         mine = _elsewhere(layer)
-        return {
-            _TUNED: partial(run_tiles, *mine, tiles, pool),
-            _DEFAULT: partial(run_tiles, *mine, CpuTiles(), pool),
-            _DENSE: dense(case, mine[1], fresh=True),
-            _TOGETHER: dense_on(case, mine[1], pool),
-        }
+        together = {_TOGETHER: dense_on(case, mine[1], pool)}
+        return {**_ours_and_dense(case, mine, tiles, pool), **together}
 
     _check(placed(), moe_reference(*layer))
     times = _interleaved(placed, pool, pairs)
@@ -152,6 +143,15 @@ def _time_two(benchmark: Benchmark, case: Case, layer: Layer, tiles: CpuTiles, p
         gain = paired_speedup(times[name], times[_TUNED])
         _add(benchmark, f"{case}: {name} / tuned, two threads", gain)
     benchmark.conditions[f"tiles of {case}, two threads"] = _words(tiles)
+
+
+def _ours_and_dense(case: Case, layer: Layer, tiles: CpuTiles, pool: Pool) -> dict[str, Contestant]:
+    """Return what is compared on any number of threads."""
+    return {
+        _TUNED: partial(run_tiles, *layer, tiles, pool),
+        _DEFAULT: partial(run_tiles, *layer, CpuTiles(), pool),
+        _DENSE: dense(case, layer[1], fresh=True),
+    }
 
 
 def _interleaved(
