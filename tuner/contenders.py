@@ -14,7 +14,7 @@ from ditune.tuner.pace import candidates
 from ditune.tuner.quality import counts
 from ditune.tuner.space import Space
 
-_WORTH = 0.01  # of the speedup: for less, no further candidate is looked at
+_WORTH = 0.01  # of the speedup: what a look at a candidate costs, and so has to promise
 _MORE_OF_COUNTS = 3  # times as many candidates: a few videos say little of what counts
 
 
@@ -75,7 +75,11 @@ class Foreseen:
         self._most = most
 
     def next(self, looked: Sequence[Looked]) -> Policy | None:
-        """Return what promises the most over the best that held; None where that is little."""
+        """Return the one to look at next; None where none promises much over the best that held.
+
+        A look that misses is short. One that holds takes all prompts, and so does every look
+        after it that holds as well. So the fast come first, even those that will hardly hold.
+        """
         if len(looked) == self._most:
             return None
         glimpses = [_glimpse(each) for each in looked]
@@ -84,14 +88,11 @@ class Foreseen:
         seen = {each.policy: each for each in looked}
         held = [c.speedup for c in choices if c.policy in seen and not seen[c.policy].reason]
         missed = [c.speedup for c in choices if c.policy in seen and seen[c.policy].reason]
-        promises = {
-            choice.policy: _doubted(choice, missed).promise(max(held, default=1.0))
-            for choice in choices
-            if choice.policy not in seen
-        }
-        best = max(promises, key=lambda policy: promises[policy], default=None)
-        little = _WORTH if held else 0.0
-        return best if best is not None and promises[best] > little else None
+        known, little = max(held, default=1.0), _WORTH if held else 0.0
+        fresh = [_doubted(choice, missed) for choice in choices if choice.policy not in seen]
+        worth = [choice for choice in fresh if choice.promise(known) > little]
+        best = max(worth, key=lambda choice: choice.reserve(_WORTH), default=None)
+        return None if best is None else best.policy
 
 
 def _doubted(choice: Choice, missed: Sequence[float]) -> Choice:

@@ -57,6 +57,17 @@ class Choice:
         """Return by how much it can be expected to raise the log of a known speedup."""
         return self.chance * max(math.log(self.speedup / known), 0.0)
 
+    def reserve(self, cost: float) -> float:
+        """Return the log of the known speedup over which a look would promise just what it costs.
+
+        Of candidates that say nothing of each other, the one with the greatest is best looked at
+        next (Weitzman 1979, Optimal search for the best alternative).
+
+        Args:
+            cost: Of a look, as a share of the speedup. The chance is above zero.
+        """
+        return math.log(self.speedup) - cost / self.chance
+
 
 class Frontier:
     """What can be expected of the masks of a space after some trials and, maybe, proofs."""

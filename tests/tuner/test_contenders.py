@@ -66,6 +66,15 @@ def test_harder_prompts_ask_for_more_steps(space: Space) -> None:
     assert won[0] < won[1] < won[2]
 
 
+def test_the_fast_are_looked_at_first(space: Space) -> None:
+    trials = searched(space, 14)
+    for shift in (3.0, 0.0, -3.0):
+        seen = proved(space, trials, shift)
+        won = min(computed(each.policy) for each in seen if not each.reason)
+        assert computed(seen[0].policy) <= won
+        assert sum(not each.reason for each in seen) <= 2  # a look that holds takes all prompts
+
+
 def test_a_prompt_that_falls_alone_is_not_met_by_one_mask_after_the_other(space: Space) -> None:
     trials = searched(space, 14)
     fastest = min(computed(each.policy) for each in proved(space, trials, 0.0) if not each.reason)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.tuner.test_schedule import trajectory_of
 from tests.tuner.test_search import STEPS, prior, profile
 
@@ -170,6 +173,14 @@ def test_a_rule_counts_by_what_it_gave(space: Space) -> None:
     for trial, passes in ((low, False), (high, True)):
         frontier = Frontier(space, [*trials, trial], (), PROOF_PROMPTS)
         assert (choice(frontier, rule).chance > 0.5) == passes
+
+
+@given(st.floats(1.0, 20.0), st.floats(0.01, 1.0), st.floats(0.001, 0.1))
+def test_over_its_reserve_a_candidate_promises_what_a_look_costs(
+    speedup: float, chance: float, cost: float
+) -> None:
+    candidate = Choice(Policy(), speedup, chance)
+    assert candidate.promise(math.exp(candidate.reserve(cost))) == pytest.approx(cost)
 
 
 def test_nothing_faster_promises_nothing() -> None:
